@@ -1,0 +1,400 @@
+"""What every algorithm shares: the paper's tasks, their data, their environments, and evaluation.
+
+Nothing in here knows an algorithm.
+"""
+
+import collections
+import collections.abc
+import dataclasses
+import difflib
+import hashlib
+import http.client
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import shutil
+import signal
+import typing
+import urllib.request
+import zipfile
+import zlib
+
+os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes that draw nothing
+
+import filelock
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ogbench
+from ogbench.relabel_utils import relabel_dataset
+from tqdm import tqdm
+
+import generate
+
+gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's action spaces are cast to float32, which it would tell
+
+
+class Error(SystemExit):
+    """Something the user can mend: ends the program with its one sentence and exit code 1, without a traceback."""
+
+    def __init__(self, sentence: str):
+        super().__init__(f"error: {sentence}")
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+# The paper's Table 5 (delta, num_samples, alpha_critic) and what it takes from others: alpha, q_agg and discount from
+# FQL (Park et al., 2025c), and, not all checked against their source again, the temperature of AWR and ReBRAC's
+# coefficients (FQL's; on Adroit CORL's for the actor).
+COLUMNS = (
+    "iql.delta iql.num_samples ql.delta ql.num_samples ql.alpha_critic alpha q_agg discount awr.alpha"
+    " rebrac.alpha_actor rebrac.alpha_critic"
+).split()
+PAPER = {
+    name: dict(zip(COLUMNS, (value if value in ("min", "mean") else json.loads(value) for value in row)))
+    for name, *row in map(
+        str.split,
+        """
+    antmaze-large-navigate        0.1     4   0.03    4  0.01      10   min  0.99    10   0.003  0.01
+    humanoidmaze-medium-navigate  0.1    32   0.1    32  0.01      30  mean  0.995   10   0.01   0.01
+    humanoidmaze-large-navigate   0.03    8   0.03   16  0.001     30  mean  0.995   10   0.01   0.01
+    antsoccer-arena-navigate      0.1    16   0.1    16  0.1       10  mean  0.995    1   0.01   0.01
+    cube-single-play              0.03   32   0.03    2  0.01     300  mean  0.99     1   1      0
+    cube-double-play              0.1    16   0.03    4  0.1      300  mean  0.99   0.3   0.1    0
+    scene-play                    0.1    32   0.1     4  0.01     300  mean  0.99    10   0.1    0.01
+    puzzle-3x3-play               0.03    4   0.03    2  0.01    1000  mean  0.99    10   0.3    0.01
+    puzzle-4x4-play               0.03   64   0.03    4  0.01    1000  mean  0.99     3   0.3    0.01
+    pen-human-v1                  0.001   8   0.0003  4  0.5    10000   min  0.99    10   0.1    0.5
+    pen-cloned-v1                 0.001  16   0.0003 32  0.5    10000   min  0.99    10   0.05   0.5
+    pen-expert-v1                 0.001  64   0.0003 32  0.01    3000   min  0.99    10   0.01   0.01
+    door-expert-v1                0.003   2   0.003  16  0.01   30000   min  0.99    10   0.05   0.01
+    hammer-expert-v1              0.003   2   0.003   4  0.01   30000   min  0.99    10   0.01   0.01
+    relocate-expert-v1            0.003   2   0.0003  4  0.01   30000   min  0.99    10   0.05   0.01
+    """.strip().splitlines(),
+    )
+}
+DATASETS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
+RANGES = {  # of every flag that an algorithm may have
+    **dict.fromkeys(("batch_size", "num_updates", "num_samples", "num_target_samples", "flow_steps"), (1, 10**8)),
+    **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes"), (1, 10**6)),
+    **dict.fromkeys(("alpha", "alpha_actor", "alpha_critic", "delta"), (0, 1e9)),
+    **dict.fromkeys(("discount", "tau", "expectile", "learning_rate"), (0, 1)),
+    "eval_seed": (0, 2**32 - 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A dataset, and the environment that scores what was learned from it."""
+
+    name: str  # as the paper prints it ("scene-play"), or OGBench's id
+    env_id: str  # "scene-singletask-v0"
+    dataset: str  # "scene-play-v0"
+    num_updates: int  # the paper's number of gradient steps
+
+
+def load_task(name: str) -> Task:
+    """The task called `name`: one of the paper's, or any OGBench `*-singletask*-v0` id. Raises Error if there is
+    none."""
+    base, _, kind = name.rpartition("-")
+    if name in PAPER:
+        return Task(name, f"{base}-singletask-v0", f"{name}-v0", 1_000_000)
+    if "visual" in name or "powderworld" in name:
+        raise Error(f"{name} is seen in pixels, and these networks take states: choose a task without 'visual'")
+    found = re.fullmatch(r"([\w-]+)-(\w+)-singletask(-task\d)?-v0", name)
+    if found and found[2] in next(kinds for family, kinds in DATASETS.items() if family in found[1]):
+        env_id = f"{found[1]}-singletask{found[3] or ''}-v0"
+        if env_id in gymnasium.registry:
+            return Task(name, env_id, f"{found[1]}-{found[2]}-v0", 1_000_000)
+    ids = [f"{task}-singletask{number}-v0" for task in PAPER for number in ("", *(f"-task{i}" for i in range(1, 6)))]
+    near = difflib.get_close_matches(name, PAPER, 3, 0.3) + difflib.get_close_matches(name, ids, 2)
+    raise Error(f"there is no task {name!r}; the nearest are {', '.join(near)}" if near else
+                f"there is no task {name!r}; there are {', '.join(PAPER)}")  # fmt: skip
+
+
+def resolve(args, task: Task, columns: tuple[str, ...]):
+    """`args` with each None that the paper has a value for replaced by it: of flag x, the first of PAPER's `<column>.x`
+    and `x`.
+
+    Raises Error if the paper has no value for a flag that needs one, or if a value is impossible.
+    """
+    row = (
+        PAPER.get(task.dataset) or PAPER.get(task.dataset.removesuffix("-v0")) or {}
+    )  # all tasks of a dataset share it
+    values, missing = {"num_updates": task.num_updates}, []
+    for flag in [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]:
+        names = [name for name in (*(f"{column}.{flag}" for column in columns), flag) if name in COLUMNS]
+        if names and row:
+            values[flag] = row[names[0]]
+        elif names:
+            missing.append("--" + flag.replace("_", "-"))
+    if missing:
+        raise Error(f"the paper has no values for {task.name}: give {' '.join(missing)}")
+    args = dataclasses.replace(args, **{flag: v for flag, v in values.items() if getattr(args, flag) is None})
+    for flag, (low, high) in RANGES.items():
+        value = getattr(args, flag, None)
+        if value is not None and not low <= value <= high:  # a NaN is in no range
+            raise Error(f"--{flag.replace('_', '-')} {value} is impossible: it lies in [{low}, {high}]")
+    if not args.hidden_dims or min(args.hidden_dims) < 1:
+        raise Error(f"--hidden-dims {args.hidden_dims} is impossible: give a positive width for each hidden layer")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**32:
+        raise Error(f"--seeds {args.seeds} is impossible: give one or more different numbers in [0, 2^32)")
+    if args.num_updates % 10:
+        raise Error(
+            f"--num-updates {args.num_updates} is impossible: every tenth is evaluated, so give a multiple of 10"
+        )
+    if args.dataset_path and args.generate_episodes:
+        raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+class Dataset(typing.NamedTuple):
+    """Transitions, or a batch of them: float32, [transitions, ...]."""
+
+    obs: jax.Array  # [transitions, obs_dim]
+    action: jax.Array  # [transitions, action_dim], clipped to +-(1 - 1e-5)
+    reward: jax.Array  # [transitions]
+    mask: jax.Array  # [transitions], 1 - terminal: 0 where nothing follows
+    next_obs: jax.Array  # [transitions, obs_dim]
+    next_action: jax.Array  # [transitions, action_dim], the action taken at next_obs in the same episode, clipped
+
+
+def sample_batch(dataset: Dataset, key: jax.Array, batch_size: int) -> Dataset:
+    """`batch_size` transitions drawn uniformly with replacement."""
+    index = jax.random.randint(key, (batch_size,), 0, len(dataset.obs))
+    return jax.tree.map(lambda array: array[index], dataset)
+
+
+def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes: int | None = None):
+    """The Dataset of `task`, on the default device, and where it is from: a dict of path, source, sha256 and
+    transitions.
+
+    It is read from `dataset_path`; or made of `generate_episodes` episodes, generated once and kept; or the published
+    one, downloaded once and kept. Raises Error if it cannot be had, is damaged or is another task's.
+    """
+    folder = pathlib.Path("~/.ogbench/data").expanduser()
+    if dataset_path:
+        source, path, make = "given", pathlib.Path(dataset_path).expanduser(), None
+    elif generate_episodes:
+        if not generate.can_generate(task.dataset):
+            raise Error(f"{task.dataset} cannot be generated (only the play sets of cube, scene and puzzle can): "
+                        f"leave --generate-episodes out, and the published data are downloaded")  # fmt: skip
+        source, path = "generated", folder / f"{task.dataset}-generated{generate_episodes}.npz"
+        make = lambda: generate.generate(task.dataset, generate_episodes, path)
+    else:
+        source, path = "published", folder / f"{task.dataset}.npz"
+        make = lambda: download(f"{ogbench.utils.DATASET_URL}/{path.name}", path)
+    if make and not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{path}.lock"):  # of several first runs, one makes the file and the others wait
+                if not path.exists():
+                    make()
+        except OSError as error:
+            raise Error(f"cannot write {path} ({error.strerror}): make room there, or give a file by --dataset-path")
+    dataset = load_ogbench(task, path)
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    about = {"path": str(path), "source": source, "sha256": sha256, "transitions": len(dataset.obs)}
+    return jax.tree.map(jnp.asarray, dataset), about
+
+
+def download(url: str, path: pathlib.Path):
+    """Downloads `url` to `path`, which appears whole or not at all. Raises Error if the host cannot be reached."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    print(f"downloading {url}", flush=True)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(file, "write", total=size or None, desc=path.name) as out:
+                shutil.copyfileobj(response, out, 1 << 20)
+        if size and temporary.stat().st_size != size:
+            raise http.client.IncompleteRead(b"", size - temporary.stat().st_size)
+        temporary.replace(path)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        hint = " or pass --generate-episodes 1000 to make data here" if generate.can_generate(path.stem) else ""
+        raise Error(f"cannot download {url} ({error}): put the file at {path} by hand (a mirror: "
+                    f"https://huggingface.co/datasets/zhouzypaul/ogbench_datasets){hint}")  # fmt: skip
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_ogbench(task: Task, path: pathlib.Path) -> Dataset:
+    """The transitions of an OGBench file, relabelled by OGBench with the task's rewards and masks: numpy arrays.
+
+    The file holds, row by row, s_0, a_0, s_1, a_1, ..., s_T, a_T of each episode; the transition of row i ends in the
+    state and the action of row i + 1, and the last row of an episode starts none. Raises Error, naming the file, if it
+    is not whole.
+    """
+    env = make_env(task)
+    env.reset()
+    expected = {"observations": env.observation_space.shape[0], "actions": env.action_space.shape[0], "terminals": None}
+    expected |= {"qpos": env.unwrapped.data.qpos.size}
+    if hasattr(env.unwrapped, "_cur_button_states"):
+        expected |= {"button_states": env.unwrapped._cur_button_states.size}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            raw = {key: file[key] for key in expected}
+    except FileNotFoundError:
+        raise Error(f"there is no dataset at {path}: name a file that exists by --dataset-path")
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise Error(
+            f"{path} is damaged, or no dataset of {task.name} ({error}): delete it, and it is made or downloaded anew"
+        )
+    steps = len(raw["terminals"])
+    for key, width in expected.items():
+        shape = (steps,) if width is None else (steps, width)
+        if raw[key].shape != shape or raw[key].dtype.kind not in "fbiu":
+            raise Error(f"{path} is no dataset of {task.name}: its {key} are {raw[key].dtype}{list(raw[key].shape)}, "
+                        f"not numbers of shape {list(shape)}; delete it or name another file")  # fmt: skip
+        if not np.isfinite(raw[key]).all():
+            raise Error(f"{path} is damaged: its {key} hold NaN or infinity; delete it or name another file")
+    if not steps or not raw["terminals"][-1] or raw["terminals"].all():
+        raise Error(f"{path} is damaged: its last episode does not end, or none has a transition; delete it")
+    relabel_dataset(task.env_id, env, raw)
+    start = np.flatnonzero(raw["terminals"] == 0)
+    obs, action = raw["observations"].astype(np.float32), clip_action(raw["actions"])
+    reward, mask = raw["rewards"], raw["masks"]
+    return Dataset(obs[start], action[start], reward[start], mask[start], obs[start + 1], action[start + 1])
+
+
+def clip_action(action: np.ndarray) -> np.ndarray:
+    """Actions as float32 within +-(1 - 1e-5), as FQL clips them."""
+    return np.clip(action.astype(np.float32), -1 + 1e-5, 1 - 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+def make_env(task: Task, **kwargs) -> gymnasium.Env:
+    """The environment whose episodes are the task's score.
+
+    OGBench 1.2 judges success at s; the paper's version judged s', so that is asked for.
+    """
+    return gymnasium.make(task.env_id, success_timing="post", disable_env_checker=True, **kwargs)
+
+
+def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
+    """Starts an episode that depends on `seed` alone, and returns its first observation [obs_dim]."""
+    np.random.seed(seed)  # OGBench's mazes also draw from here
+    obs, _ = env.reset(seed=seed)
+    if hasattr(env.unwrapped, "_data"):  # its manipulation tasks settle by random actions, which the solver remembers
+        env.unwrapped._data.qacc_warmstart[:] = 0
+    return obs
+
+
+def play(connection, task: Task, slots: list[int]):
+    """A worker process: holds the environments of `slots` and obeys, message by message, until its parent is gone.
+
+    A message is {slot: command}, a command the seed to reset from or the action to take. The answer is {slot: (obs,
+    score)}, score being None while the episode lasts: success in %, or an exception in its place.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    try:
+        envs = {slot: make_env(task) for slot in slots}
+        draws = {}  # the state of np.random that each episode sees: its own, whoever its neighbours are
+        while True:
+            answer = {}
+            for slot, command in connection.recv().items():
+                if isinstance(command, int):
+                    answer[slot] = reset_env(envs[slot], command), None
+                else:
+                    np.random.set_state(draws[slot])
+                    obs, _, terminated, truncated, info = envs[slot].step(command)
+                    answer[slot] = obs, 100.0 * info["success"] if terminated or truncated else None
+                draws[slot] = np.random.get_state()
+            connection.send(answer)
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+        pass
+    except Exception as error:
+        connection.send(error)
+
+
+class Environments:
+    """`num_slots` environments in `num_workers` processes that live until `close`."""
+
+    def __init__(self, task: Task, num_slots: int, num_workers: int):
+        context = multiprocessing.get_context("forkserver")
+        self.num_slots, self.workers, self.connections = num_slots, [], []
+        for index in range(min(num_workers, num_slots)):
+            connection, theirs = context.Pipe()
+            slots = list(range(index, num_slots, min(num_workers, num_slots)))
+            self.workers.append(context.Process(target=play, args=(theirs, task, slots), daemon=True))
+            self.workers[-1].start()
+            self.connections.append(connection)
+            theirs.close()  # so that a dead worker reads as the end of its pipe
+
+    def step(self, commands: dict, patience: float = 300) -> dict:
+        """Sends each slot its command and returns each one's (obs, score); see `play`.
+
+        Raises Error if a worker fails, dies, or does not answer within `patience` seconds.
+        """
+        shares, answers = collections.defaultdict(dict), {}
+        for slot, command in commands.items():
+            shares[self.connections[slot % len(self.connections)]][slot] = command
+        try:
+            for connection, share in shares.items():
+                connection.send(share)
+            for connection in shares:
+                if not connection.poll(patience):
+                    raise TimeoutError(f"no answer in {patience:g} s")
+                answer = connection.recv()
+                if isinstance(answer, Exception):
+                    raise answer
+                answers |= answer
+        except Exception as error:
+            self.close()
+            raise Error(f"evaluation failed ({type(error).__name__}: {error}): mend that, and resume the run")
+        return answers
+
+    def close(self):
+        """Ends the workers."""
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+
+
+@jax.jit
+def episode_keys(eval_seed: jax.Array, episode: jax.Array, step: jax.Array) -> jax.Array:
+    """One key per slot, made of (eval_seed, episode, step) alone: [seeds, slots, 2] of episode, step [seeds, slots]."""
+    key = jax.random.PRNGKey(eval_seed)
+    fold_in = lambda episode, step: jax.random.fold_in(jax.random.fold_in(key, episode), step)
+    return jax.vmap(jax.vmap(fold_in))(episode, step)
+
+
+def evaluate(
+    act: collections.abc.Callable, environments: Environments, num_seeds: int, num_episodes: int, eval_seed: int = 0
+) -> np.ndarray:
+    """Plays `num_episodes` episodes with each of `num_seeds` policies: the scores, [num_seeds, num_episodes].
+
+    `act(obs, keys)` gives the actions [num_seeds, slots, action_dim] of obs [num_seeds, slots, obs_dim] and a key each.
+    Slot j of a seed plays episodes j, j + slots, ... in turn. Episode i starts from the same state whatever the policy,
+    and its noise is keyed by (eval_seed, i, step): the scores depend neither on the workers nor on how often one
+    evaluates. A policy whose action is not finite scores NaN.
+    """
+    slots = environments.num_slots // num_seeds
+    starts = [int(np.random.SeedSequence((eval_seed, i)).generate_state(1)[0]) for i in range(num_episodes)]
+    scores = np.full((num_seeds, num_episodes), np.nan)
+    episode, step = np.tile(np.arange(slots), (num_seeds, 1)), np.zeros((num_seeds, slots), np.int32)
+    commands = {slot: starts[i] for slot, i in enumerate(episode.flat) if i < num_episodes}
+    obs = None
+    while commands:
+        answers = environments.step(commands)
+        if obs is None:
+            obs = np.zeros((num_seeds, slots, len(answers[0][0])), np.float32)
+        for slot, (slot_obs, _) in answers.items():
+            obs[divmod(slot, slots)] = slot_obs
+        actions = np.asarray(act(obs, episode_keys(eval_seed, episode, step)))
+        commands = {}
+        for slot, (_, score) in answers.items():
+            at = divmod(slot, slots)  # seed, slot of the seed
+            if score is None and np.isfinite(actions[at]).all():
+                step[at] += 1
+                commands[slot] = actions[at]
+            else:
+                scores[at[0], episode[at]] = np.nan if score is None else score
+                episode[at], step[at] = episode[at] + slots, 0
+                if episode[at] < num_episodes:
+                    commands[slot] = starts[episode[at]]
+    return scores

@@ -1,0 +1,148 @@
+"""Makes OGBench's `*-play` datasets of cube, scene and puzzle anew, with the scripted oracles that ship in its wheel.
+
+The recipe is that of OGBench's `data_gen_scripts/generate_manipspace.py`: episodes of 1001 steps, oracle noise 0.1 with
+smoothing 0.5, a new target whenever the oracle is done. That script never uses its seed; here episode i depends on
+(seed, i) alone, so 100 episodes are the first 100 of 1000, whatever the number of processes that make them.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
+
+os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes that draw nothing
+
+import gymnasium
+import numpy as np
+import ogbench  # noqa: F401 (registers its environments)
+from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
+from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
+from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
+from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
+from tqdm import tqdm
+
+EPISODE_STEPS = 1001
+NOISE = dict(noise=0.1, noise_smoothing=0.5)
+STACKING = {
+    "single": (0, 0),
+    "double": (0, 0.25),
+    "triple": (0.05, 0.35),
+    "quadruple": (0.1, 0.5),
+    "octuple": (0, 0.35),
+}
+VALIDATION = (
+    1_000_000  # validation episode j is episode VALIDATION + j: it stays the same when there are more to train on
+)
+
+
+def can_generate(dataset: str) -> bool:
+    """Whether `dataset` ("scene-play-v0") can be made here: mazes need walkers that were trained, "noisy" is not
+    made."""
+    return dataset.startswith(("cube-", "scene-", "puzzle-")) and dataset.endswith("-play-v0")
+
+
+@functools.cache
+def collection_env(dataset: str) -> gymnasium.Env:
+    """OGBench's data-collection environment of `dataset`: one per process, since making it takes a second."""
+    env_id = dataset.replace("-play", "")
+    return gymnasium.make(
+        env_id,
+        terminate_at_goal=False,
+        mode="data_collection",
+        max_episode_steps=EPISODE_STEPS,
+        disable_env_checker=True,
+    )
+
+
+def make_oracles(env: gymnasium.Env, dataset: str) -> dict:
+    """The oracle of each kind of target that the environment can set."""
+    if dataset.startswith("cube"):
+        return {"cube": CubePlanOracle(env=env, **NOISE)}
+    if dataset.startswith("puzzle"):
+        return {"button": ButtonPlanOracle(env=env, gripper_always_closed=True, **NOISE)}
+    oracles = {
+        "cube": CubePlanOracle,
+        "button": ButtonPlanOracle,
+        "drawer": DrawerPlanOracle,
+        "window": WindowPlanOracle,
+    }
+    return {target: oracle(env=env, **NOISE) for target, oracle in oracles.items()}
+
+
+def healthy(dataset: str, qpos: np.ndarray) -> bool:
+    """Whether the block of a scene [steps, qpos_dim] stays in view: not far right, and far left only in the drawer."""
+    if not dataset.startswith("scene"):
+        return True
+    y, z = qpos[:, 15], qpos[:, 16]
+    return not ((y >= 0.29) | ((y <= -0.3) & ((z < 0.06) | (z > 0.08)))).any()
+
+
+def collect_episode(dataset: str, seed: int, episode: int) -> dict[str, np.ndarray]:
+    """One episode as the published files hold it: a dict of arrays [1001, ...], a pure function of its arguments.
+
+    OGBench's oracles draw from the global np.random, so it is seeded here: call this in a process of its own.
+    """
+    env = collection_env(dataset)
+    for attempt in itertools.count():  # an episode that hides its block is made again
+        attempt_seed = int(np.random.SeedSequence((seed, episode, attempt)).generate_state(1)[0])
+        np.random.seed(attempt_seed)
+        obs, info = env.reset(seed=attempt_seed)
+        low, high = STACKING.get(dataset.split("-")[1], (0.5, 0.5))
+        p_stack = np.random.uniform(low, high) if low < high else low
+        oracles = make_oracles(env, dataset)
+        oracle = oracles[info["privileged/target_task"]]
+        oracle.reset(obs, info)
+        steps = collections.defaultdict(list)
+        done = False
+        while not done:
+            np.random.rand()  # the official script draws here too, to decide on a random action that it never takes
+            action = np.clip(oracle.select_action(obs, info), -1, 1)
+            next_obs, _, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
+            if oracle.done:
+                target_obs, target_info = env.unwrapped.set_new_target(p_stack=p_stack)
+                oracle = oracles[target_info["privileged/target_task"]]
+                oracle.reset(target_obs, target_info)
+            steps["observations"].append(obs)
+            steps["actions"].append(action)
+            steps["terminals"].append(done)
+            steps["qpos"].append(info["prev_qpos"])
+            steps["qvel"].append(info["prev_qvel"])
+            if "prev_button_states" in info:
+                steps["button_states"].append(info["prev_button_states"])
+            obs = next_obs
+        dtypes = {"terminals": bool, "button_states": np.int64}
+        arrays = {key: np.array(values, dtypes.get(key, np.float32)) for key, values in steps.items()}
+        if healthy(dataset, np.array(steps["qpos"])):
+            return arrays
+
+
+def generate(dataset: str, num_episodes: int, path: pathlib.Path, seed: int = 0, num_workers: int | None = None):
+    """Writes `num_episodes` training episodes to `path` and a tenth as many to `<path>-val`, in parallel over the
+    cores.
+
+    The keys, dtypes and shapes are those of the published files, so that ogbench's own loader reads them. Both files
+    appear whole or not at all.
+    """
+    num_val = max(1, num_episodes // 10)
+    episodes = [*range(num_episodes), *range(VALIDATION, VALIDATION + num_val)]
+    context = multiprocessing.get_context("forkserver")
+    ignore_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with concurrent.futures.ProcessPoolExecutor(num_workers, context, ignore_ctrl_c) as pool:
+        try:
+            arrays = pool.map(functools.partial(collect_episode, dataset, seed), episodes)
+            arrays = list(tqdm(arrays, f"generating {dataset}", len(episodes), unit="episode"))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for part, where in ((arrays[num_episodes:], path.with_stem(path.stem + "-val")), (arrays[:num_episodes], path)):
+        temporary = where.with_suffix(".tmp.npz")
+        try:
+            np.savez_compressed(temporary, **{key: np.concatenate([a[key] for a in part]) for key in part[0]})
+            os.replace(temporary, where)
+        finally:
+            temporary.unlink(missing_ok=True)

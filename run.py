@@ -1,0 +1,328 @@
+"""The record of a run: its folder, CSVs, checkpoint, signals, progress and Weights & Biases.
+
+Every algorithm's `main` uses `Run` in the same dozen lines.
+"""
+
+import collections
+import collections.abc
+import csv
+import dataclasses
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import filelock
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from common import Environments, Error, evaluate, load_dataset, load_task, resolve
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "mujoco")
+
+
+def write_file(path: pathlib.Path, content: bytes):
+    """Writes a file that appears whole or not at all. Raises Error if there is no room or no right to."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Error(f"cannot write {path} ({error.strerror}): mend that, and resume the run")
+
+
+def append_rows(path: pathlib.Path, rows: list[dict]):
+    """Appends rows to a CSV in one write, the first ones with a header. Raises Error if there is no room or no right
+    to."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows(rows)
+    try:
+        with open(path, "a") as file:
+            file.write(text.getvalue())
+    except OSError as error:
+        raise Error(f"cannot write {path} ({error.strerror}): mend that, and resume the run")
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of a CSV that were written whole; none if there is no file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [row for row in rows if None not in row.values()]
+
+
+def keep_rows(path: pathlib.Path, keep: collections.abc.Callable[[int], bool]):
+    """Leaves those rows of a CSV whose step `keep` accepts."""
+    rows = [row for row in read_rows(path) if keep(int(row["step"]))]
+    path.unlink(missing_ok=True)
+    if rows:
+        append_rows(path, rows)
+
+
+def read_record(folder: str) -> dict:
+    """What a run wrote to args.json in its folder. Raises Error if it is no run's."""
+    try:
+        record = json.loads(pathlib.Path(folder, "args.json").read_text())
+        record["args"] = {name: tuple(v) if isinstance(v, list) else v for name, v in record["args"].items()}
+        return record
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise Error(f"{folder} is no run's folder ({error}): --resume takes one like runs/<task>/<algo>/<time>")
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a + if files differ from it; None outside of git."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def tell(text: str):
+    """Prints a line above the progress bar, at once."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+class Run:
+    """The record of one run: what was asked, on which data, what came of it, and where it stands.
+
+    A context manager. Its folder, runs/<task>/<algo>/<time>/, holds args.json; train.csv, a row per seed and chunk of
+    updates; eval.csv, a row per seed and evaluation; episodes.csv, a row per seed, evaluation and episode; and
+    checkpoint.msgpack. No CSV holds a clock's time, so those of a resumed run equal an uninterrupted one's byte for
+    byte.
+    """
+
+    def __init__(self, args, file: str, columns: tuple[str, ...]):
+        """Prepares a run of the algorithm in `file`: by `args`, each None replaced by the paper's value (see
+        `resolve`), or, with `args.resume`, by the arguments of that run. Raises Error, before any training, if anything
+        is impossible."""
+        algo, record = pathlib.Path(file).stem, None
+        if args.resume:
+            record = read_record(args.resume)
+            if record["algo"] != algo:
+                raise Error(f"{args.resume} is a run of {record['algo']}: resume it by algos/{record['algo']}.py")
+            if args != dataclasses.replace(type(args)(), resume=args.resume):
+                raise Error(f"--resume takes all other flags from {args.resume}/args.json: give it alone")
+            self.folder, args = pathlib.Path(args.resume), type(args)(**record["args"])
+        self.algo, self.task = algo, load_task(args.env_name)
+        self.args = args = resolve(args, self.task, columns)
+        if not record:
+            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            self.folder = pathlib.Path("runs", args.env_name, algo, name)
+            try:
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                if not os.access(self.folder.parent, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            except OSError as error:
+                raise Error(f"cannot write to {self.folder.parent.absolute()} ({error.strerror}): start elsewhere")
+        self.dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
+        if not record:
+            record = {"algo": algo, "args": dataclasses.asdict(args), "data": data, "commit": git_commit()}
+            record["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+            record["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            self.folder.mkdir()
+            write_file(self.folder / "args.json", json.dumps(record, indent=2).encode())
+        if record["data"]["sha256"] != data["sha256"]:
+            raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
+        self.record, self.lock = record, filelock.FileLock(self.folder / ".lock")
+        self.step = 0  # updates done
+        self.interval = args.num_updates // 10  # updates between two evaluations
+        self.chunk = max(size for size in range(1, 251) if self.interval % size == 0)  # updates in one call of `train`
+        self.saved_step, self.saved_time = 0, time.monotonic()
+        self.evaluated, self.diverged = set(), set()  # steps, seeds
+        self.stop = 0  # the signal that asked to stop
+
+    def __enter__(self):
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise Error(f"{self.folder} is being trained by another process: let that one end, or stop it")
+        self.print_banner()
+        slots = min(self.args.eval_episodes, max(1, 16 // len(self.args.seeds)))  # about 16 over all seeds
+        workers = self.args.num_workers or os.cpu_count()
+        self.environments = Environments(self.task, slots * len(self.args.seeds), workers)
+        self.trackers = self.start_tracking() if self.args.track else []
+        self.handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        calm = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: few in a log file
+        self.bar = tqdm(total=self.args.num_updates, desc=self.algo, unit="update", mininterval=calm, smoothing=0.1)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        self.environments.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for tracker in self.trackers:
+            tracker.finish(exit_code=int(kind is not None))
+        self.lock.release()
+        if kind is None:
+            self.print_score()
+
+    def print_banner(self):
+        """Says what is about to run: task, data, values, device, folder."""
+        data, versions = self.record["data"], self.record["versions"]
+        elsewhere = ("env_name", "dataset_path", "generate_episodes", "resume", "track", "wandb_project_name")
+        values = [f"{name} {v}" for name, v in dataclasses.asdict(self.args).items() if name not in elsewhere]
+        print(f"{self.algo} on {self.task.name}, scored by success in {self.task.env_id}")
+        print(f"  data    {data['path']}")
+        print(f"          {data['source']}, {data['transitions']:,} transitions, sha256 {data['sha256'][:16]}")
+        print(f"  values  {', '.join(values)}")
+        print(f"  device  {self.record['device']}; {', '.join(f'{name} {v}' for name, v in versions.items())}")
+        print(f"  folder  {self.folder}", flush=True)
+
+    def restore(self, states):
+        """`states`, or the checkpoint's if there is one; the CSVs are cut back to its step.
+
+        Raises Error if the checkpoint is damaged or holds other networks.
+        """
+        path = self.folder / "checkpoint.msgpack"
+        if path.exists():
+            content = path.read_bytes()
+            if hashlib.sha256(content[32:]).digest() != content[:32]:
+                raise Error(f"{path} is damaged: this run cannot be resumed, start it anew")
+            saved = flax.serialization.msgpack_restore(content[32:])
+            try:
+                restored = jax.tree.map(jnp.asarray, flax.serialization.from_state_dict(states, saved["states"]))
+                if jax.tree.map(jnp.shape, restored) != jax.tree.map(jnp.shape, states):
+                    raise ValueError("its arrays have other shapes")
+                states = restored
+            except ValueError as error:
+                raise Error(f"{path} holds other networks ({error}): resume it with the code that wrote it")
+            self.step = self.saved_step = self.bar.n = self.bar.initial = saved["step"]
+        rows = collections.Counter(int(row["step"]) for row in read_rows(self.folder / "eval.csv"))
+        self.evaluated = {step for step in rows if rows[step] == len(self.args.seeds) and step <= self.step}
+        keep_rows(self.folder / "train.csv", lambda step: step <= self.step)
+        keep_rows(self.folder / "eval.csv", lambda step: step in self.evaluated)
+        keep_rows(self.folder / "episodes.csv", lambda step: step in self.evaluated)
+        return states
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether another tenth of the run is done and not evaluated yet."""
+        return self.step > 0 and self.step % self.interval == 0 and self.step not in self.evaluated
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are done and evaluated."""
+        return self.step == self.args.num_updates and not self.evaluation_due
+
+    def log(self, metrics: dict[str, jax.Array]):
+        """Records a chunk of updates by its mean metrics, {name: [seeds]}.
+
+        Names each seed whose numbers cease to be finite; raises Error when no seed is left.
+        """
+        self.step += self.chunk
+        metrics = {name: np.asarray(values) for name, values in metrics.items()}  # waits for the chunk to end
+        rows = [{name: float(values[i]) for name, values in metrics.items()} for i in range(len(self.args.seeds))]
+        for seed, row in zip(self.args.seeds, rows):
+            if seed not in self.diverged and not np.isfinite(list(row.values())).all():
+                self.diverged.add(seed)
+                tell(f"seed {seed} diverged by update {self.step:,} ({row}): it scores nan from here on")
+        self.record_rows("train", rows)
+        self.bar.update(self.chunk)
+        if len(self.diverged) == len(rows):
+            raise Error(f"every seed diverged by update {self.step:,}: lower --learning-rate, and see {self.folder}")
+
+    def evaluate(self, act: collections.abc.Callable):
+        """Evaluates the policies `act(obs, keys)` and records each episode's score."""
+        begun, args = time.monotonic(), self.args
+
+        def act_unless_stopped(obs, keys):
+            self.leave_if_asked()  # nothing is lost: this step's checkpoint is written
+            return act(obs, keys)
+
+        scores = evaluate(act_unless_stopped, self.environments, len(args.seeds), args.eval_episodes, args.eval_seed)
+        for i in range(args.eval_episodes):
+            self.record_rows("episodes", [{"episode": i, "score": score} for score in scores[:, i]])
+        means = scores.mean(axis=1)
+        self.record_rows("eval", [{"score": mean} for mean in means])  # last: it says that the evaluation is whole
+        self.evaluated.add(self.step)
+        each = ", ".join(f"seed {seed} {mean:.1f}" for seed, mean in zip(args.seeds, means))
+        tell(
+            f"update {self.step:,}: {means.mean():.1f} % success ({each}; {args.eval_episodes} episodes each, "
+            f"{time.monotonic() - begun:.0f} s)"
+        )
+
+    def record_rows(self, name: str, rows: list[dict[str, float]]):
+        """Appends a row per seed to <name>.csv, and sends it to Weights & Biases, but for single episodes."""
+        keys = [{"step": self.step, "seed": seed} for seed in self.args.seeds]
+        text = [
+            {column: value if column == "episode" else f"{value:.6g}" for column, value in row.items()} for row in rows
+        ]
+        append_rows(self.folder / f"{name}.csv", [key | row for key, row in zip(keys, text)])
+        if name != "episodes":
+            for tracker, row in zip(self.trackers, rows):
+                tracker.log({f"{name}/{column}": value for column, value in row.items()}, step=self.step)
+
+    def save(self, states):
+        """Writes the checkpoint where one is due: before each evaluation, every ten minutes, and when Ctrl-C or SIGTERM
+        asked to stop; the last ends the program."""
+        due = self.evaluation_due or self.stop or time.monotonic() - self.saved_time > 600
+        if due and self.step > self.saved_step:
+            saved = {"step": self.step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
+            content = flax.serialization.msgpack_serialize(saved)
+            write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
+            self.saved_step, self.saved_time = self.step, time.monotonic()
+        self.leave_if_asked()
+
+    def ask_to_stop(self, number, frame):
+        """Handles Ctrl-C and SIGTERM: the run leaves at the next chunk's end, or at once on the second."""
+        self.stop = number
+        signal.signal(number, signal.SIG_DFL)
+        tell("stopping at the end of this chunk of updates")
+
+    def leave_if_asked(self):
+        """Ends the program if a signal asked for it."""
+        if self.stop:
+            self.bar.close()
+            tell(f"stopped at update {self.step:,}; go on by: python algos/{self.algo}.py --resume {self.folder}")
+            sys.exit(128 + self.stop)
+
+    def print_score(self):
+        """Prints the score by the paper's protocol: of each seed, the mean of the evaluations at 80, 90 and 100% of the
+        run; over the seeds, mean and standard deviation (ddof 0)."""
+        rows = [row for row in read_rows(self.folder / "eval.csv") if int(row["step"]) >= 8 * self.interval]
+        seeds = {seed: [float(row["score"]) for row in rows if int(row["seed"]) == seed] for seed in self.args.seeds}
+        scores = [np.mean(values) for values in seeds.values()]
+        steps = ", ".join(f"{step:,}" for step in sorted({int(row["step"]) for row in rows}))
+        print(f"score: {np.mean(scores):.1f} +- {np.std(scores):.1f} % success")
+        print(f"  mean +- std over {len(seeds)} seed(s) of the mean over the evaluations at {steps} updates")
+        print(f"  every number is in {self.folder}", flush=True)
+
+    def start_tracking(self) -> list:
+        """A Weights & Biases run per seed; none, and a warning, if that cannot be had."""
+        name = f"{self.algo} {self.task.name} {self.folder.name}"
+        try:
+            import wandb
+
+            start = functools.partial(
+                wandb.init,
+                project=self.args.wandb_project_name,
+                group=name,
+                config=self.record,
+                dir=self.folder,
+                resume="allow",
+                reinit="create_new",
+            )
+            return [start(name=f"{name} {s}", id=f"{self.folder.name}-{s}") for s in self.args.seeds]
+        except Exception as error:
+            tell(f"warning: not tracked by Weights & Biases ({error}): log in, or set WANDB_MODE=offline")
+            return []

@@ -1,0 +1,96 @@
+"""What the tests share: a home folder of their own, a little real data in it, and every algorithm as a module."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import common
+import generate
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TASK = "cube-single-play"
+EPISODES = 4
+
+
+def load_algo(name):
+    """The module algos/<name>.py, imported as a script's text would be."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+PAIRS = [(name, f"d{name}") for name in ALGOS if f"d{name}" in ALGOS]
+COLUMNS = dict.fromkeys(ALGOS, ("ql",))
+
+
+def small_args(name, **changes):
+    """Arguments of an algorithm with small networks and batches, the rest as the paper has it."""
+    small = {"env_name": TASK, "hidden_dims": (24, 16), "batch_size": 32}
+    args = load_algo(name).Args(**(small | changes))
+    return common.resolve(args, common.load_task(args.env_name), COLUMNS[name])
+
+
+def make_states(name, args, dataset):
+    """The states of all seeds before the first update."""
+    obs_dim, action_dim = dataset.obs.shape[-1], dataset.action.shape[-1]
+    init = functools.partial(load_algo(name).init, args, obs_dim, action_dim)
+    return jax.jit(jax.vmap(init))(jnp.array(args.seeds, jnp.uint32))
+
+
+def assert_same(found, expected, assert_equal=np.testing.assert_array_equal):
+    """Compares two trees of arrays leaf by leaf."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """A home folder for the session, in place of the user's, with a few episodes generated in it."""
+    before = os.environ["HOME"]
+    home = tmp_path_factory.mktemp("home")
+    os.environ["HOME"] = str(home)
+    path = home / ".ogbench" / "data" / f"{TASK}-v0-generated{EPISODES}.npz"
+    path.parent.mkdir(parents=True)
+    generate.generate(f"{TASK}-v0", EPISODES, path)
+    yield home
+    os.environ["HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def data_path(home):
+    return home / ".ogbench" / "data" / f"{TASK}-v0-generated{EPISODES}.npz"
+
+
+@pytest.fixture(scope="session")
+def dataset(data_path):
+    return common.load_dataset(common.load_task(TASK), str(data_path))[0]
+
+
+@pytest.fixture(scope="session")
+def batch(dataset):
+    return common.sample_batch(dataset, jax.random.PRNGKey(5), 32)
+
+
+def start_cli(name, *flags, cwd, **env):
+    """Starts `python algos/<name>.py flags` in the folder cwd."""
+    command = [sys.executable, str(ROOT / "algos" / f"{name}.py"), *map(str, flags)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=os.environ | env)
+
+
+def run_cli(name, *flags, cwd, **env):
+    """Runs it to its end: exit code, stdout, stderr."""
+    process = start_cli(name, *flags, cwd=cwd, **env)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err

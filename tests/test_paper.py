@@ -1,0 +1,227 @@
+"""The paper's claims and equations, against autodiff and independent numpy."""
+
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ALGOS, PAIRS, assert_same, load_algo, make_states, small_args
+
+D_ALGOS = [name for _, name in PAIRS]
+MAXQ_ALGOS = [name for name in ALGOS if name in ("mfql", "dmfql", "mfrebrac", "dmfrebrac")]
+
+
+def one_state(name, args, dataset):
+    return jax.tree.map(lambda leaf: leaf[0], make_states(name, args, dataset))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def numpy_mlp(params, x, layer_norm=False):
+    """The MLP of every network, in float64 numpy."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    depth = sum(name.startswith("Dense") for name in params)
+    for i in range(depth):
+        x = x @ params[f"Dense_{i}"]["kernel"] + params[f"Dense_{i}"]["bias"]
+        if i < depth - 1:
+            x = gelu(x)
+            if layer_norm:
+                x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+                x = x * params[f"LayerNorm_{i}"]["scale"] + params[f"LayerNorm_{i}"]["bias"]
+    return x
+
+
+def numpy_critics(params, obs, action):
+    x = np.concatenate([obs, action], -1).astype(np.float64)
+    members = [jax.tree.map(lambda p, i=i: p[i], params["params"]["VmapMLP_0"]) for i in (0, 1)]
+    return np.stack([numpy_mlp(member, x, layer_norm=True)[..., 0] for member in members])
+
+
+def numpy_flow(params, obs, action, t):
+    return numpy_mlp(params["params"]["MLP_0"], np.concatenate([obs, action, t], -1).astype(np.float64))
+
+
+def numpy_sample(params, obs, noise, steps):
+    """Eq. 4: a_{t - dt} = a_t + dt v(a_t, t), from t = 1 to t = 0."""
+    action = np.asarray(noise, np.float64)
+    for t in np.linspace(1, 0, steps, endpoint=False):
+        action = action + numpy_flow(params, obs, action, np.full((*obs.shape[:-1], 1), t)) / steps
+    return np.clip(action, -1, 1)
+
+
+def test_proposition_1():
+    """The gradient of BRAC is that of cloning a + grad_a Q(s, pi(s)) / (2 alpha) (Eqs. 12-14)."""
+    rng = np.random.default_rng(0)
+    alpha, action, weights = 0.7, jnp.array(rng.normal(size=3)), jnp.array(rng.normal(size=(3, 4)))
+    policy = lambda theta: jnp.tanh(weights @ theta)
+    q = lambda a: jnp.sin(a).sum() + a[0] * a[1]
+    theta = jnp.array(rng.normal(size=4))
+    brac = jax.grad(lambda th: q(policy(th)) - alpha * jnp.sum((policy(th) - action) ** 2))(theta)
+    target = action + jax.grad(q)(policy(theta)) / (2 * alpha)
+    cloning = jax.grad(lambda th: -alpha * jnp.sum((policy(th) - target) ** 2))(theta)
+    np.testing.assert_allclose(brac, cloning, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", D_ALGOS)
+def test_proposition_2(name, dataset, batch):
+    """The optimal action lies up the gradient of Q, at a distance whose mean over the batch is delta (Eqs. 15, 17)."""
+    algo, args = load_algo(name), small_args(name, delta=0.3)
+    state = one_state(name, args, dataset)
+    action, norm = algo.optimal_action(args, state, batch)
+    step = np.asarray(action - batch.action, np.float64)
+    np.testing.assert_allclose(np.linalg.norm(step, axis=-1).mean(), 0.3, rtol=1e-4)
+
+    eps, obs, data = 1e-5, np.asarray(batch.obs), np.asarray(batch.action, np.float64)
+    q = lambda a: numpy_critics(state.critic.params, obs, a).__getattribute__(args.q_agg)(axis=0)
+    moved = lambda d: eps * np.eye(data.shape[-1])[d]
+    gradient = np.stack([(q(data + moved(d)) - q(data - moved(d))) / (2 * eps) for d in range(data.shape[-1])], -1)
+    mean_norm = np.linalg.norm(gradient, axis=-1).mean()
+    np.testing.assert_allclose(norm, mean_norm, rtol=1e-3)
+    np.testing.assert_allclose(step, 0.3 * gradient / mean_norm, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", D_ALGOS)
+def test_optimal_action_of_a_flat_critic_is_the_data_action(name, dataset, batch):
+    algo, args = load_algo(name), small_args(name)
+    state = one_state(name, args, dataset)
+    flat = state._replace(critic=state.critic.replace(params=jax.tree.map(jnp.zeros_like, state.critic.params)))
+    action, norm = algo.optimal_action(args, flat, batch)
+    assert norm == 0
+    np.testing.assert_array_equal(action, batch.action)
+
+
+def test_optimal_action_is_not_clipped_and_does_not_hide_nan(dataset, batch):
+    algo, args = load_algo("dmfql"), small_args("dmfql", delta=100.0)
+    state = one_state("dmfql", args, dataset)
+    assert np.abs(algo.optimal_action(args, state, batch)[0]).max() > 1
+    broken = state._replace(
+        critic=state.critic.replace(params=jax.tree.map(lambda p: p * jnp.nan, state.critic.params))
+    )
+    assert np.isnan(algo.optimal_action(args, broken, batch)[0]).all()
+
+
+@pytest.mark.parametrize("name", MAXQ_ALGOS)
+def test_sampling_against_numpy(name, dataset, batch):
+    """Ten Euler steps from noise at t = 1 (Eq. 4), clipped."""
+    args = small_args(name)
+    state, key = one_state(name, args, dataset), jax.random.PRNGKey(1)
+    noise = jax.random.normal(key, batch.action.shape)
+    action = state.actor.apply_fn(state.actor.params, batch.obs, key, method="sample")
+    np.testing.assert_allclose(action, numpy_sample(state.actor.params, batch.obs, noise, 10), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAXQ_ALGOS)
+@pytest.mark.parametrize("q_agg", ["min", "mean"])
+def test_max_q_against_numpy(name, q_agg, dataset, batch):
+    """MaxQ takes, of n policy actions, the one with the highest Q, and gives that Q (Eq. 9)."""
+    algo, args = load_algo(name), small_args(name, q_agg=q_agg)
+    state, key = one_state(name, args, dataset), jax.random.PRNGKey(2)
+    action, value = algo.max_q(args, state, state.critic.params, batch.obs, 5, key)
+    obs = np.broadcast_to(batch.obs, (5, *batch.obs.shape))
+    actions = numpy_sample(state.actor.params, obs, jax.random.normal(key, (5, *batch.action.shape)), 10)
+    q = numpy_critics(state.critic.params, obs, actions)
+    q = q.min(0) if q_agg == "min" else q.mean(0)
+    np.testing.assert_allclose(value, q.max(0), atol=1e-5)
+    np.testing.assert_allclose(action, actions[q.argmax(0), np.arange(len(batch.obs))], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAXQ_ALGOS)
+def test_critic_loss_against_numpy(name, dataset, batch):
+    """Eq. 22, and Eq. 23 where the policy's next action is drawn towards the data's."""
+    algo, args = load_algo(name), small_args(name, **({"alpha_critic": 0.3} if "rebrac" in name else {}))
+    state, key = one_state(name, args, dataset), jax.random.PRNGKey(3)
+    state = state._replace(target_critic=jax.tree.map(lambda p: 1.1 * p + 0.01, state.target_critic))
+    batch = batch._replace(mask=batch.mask.at[::2].set(0))
+    loss, metrics = algo.critic_loss(state.critic.params, args, state, batch, key)
+    next_action, next_q = algo.max_q(args, state, state.target_critic, batch.next_obs, 4, key)
+    next_q = numpy_critics(state.target_critic, batch.next_obs, next_action).mean(0)
+    if "rebrac" in name:
+        next_q = next_q - 0.3 * ((np.asarray(next_action) - np.asarray(batch.next_action)) ** 2).sum(-1)
+    target = np.asarray(batch.reward) + 0.99 * np.asarray(batch.mask) * next_q
+    q = numpy_critics(state.critic.params, batch.obs, batch.action)
+    np.testing.assert_allclose(loss, ((q - target) ** 2).mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["q"], q.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MAXQ_ALGOS)
+def test_actor_loss_against_numpy(name, dataset, batch):
+    """Eqs. 3, 16 and 19: flow matching towards a or a*, alpha times the mean over batch and action dims."""
+    algo, args = load_algo(name), small_args(name)
+    state, key = one_state(name, args, dataset), jax.random.PRNGKey(4)
+    loss, metrics = algo.actor_loss(state.actor.params, args, state, batch, key)
+    action = algo.optimal_action(args, state, batch)[0] if name in D_ALGOS else batch.action
+    noise_key, time_key = jax.random.split(key)
+    noise, t = jax.random.normal(noise_key, action.shape), jax.random.uniform(time_key, (len(action), 1))
+    action, noise, t = (np.asarray(x, np.float64) for x in (action, noise, t))
+    velocity = numpy_flow(state.actor.params, batch.obs, (1 - t) * action + t * noise, t)
+    mean = ((velocity - (action - noise)) ** 2).mean()
+    np.testing.assert_allclose(metrics["flow_loss"], mean, rtol=1e-4)
+    np.testing.assert_allclose(loss, 300 * mean, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MAXQ_ALGOS)
+def test_update_against_numpy(name, dataset):
+    """One update: both gradients at the old parameters, Adam's first step, the target towards the new critic."""
+    algo, args = load_algo(name), small_args(name)
+    state = one_state(name, args, dataset)
+    new, _ = algo.update(args, dataset, state, None)
+    _, batch_key, critic_key, actor_key = jax.random.split(state.key, 4)
+    batch = algo.common.sample_batch(dataset, batch_key, args.batch_size)
+    for loss, old, stepped, key in (
+        (algo.critic_loss, state.critic.params, new.critic.params, critic_key),
+        (algo.actor_loss, state.actor.params, new.actor.params, actor_key),
+    ):
+        gradient = jax.grad(lambda p, loss=loss, key=key: loss(p, args, state, batch, key)[0])(old)
+        adam = jax.tree.map(
+            lambda p, g: np.asarray(p) - 3e-4 * np.asarray(g) / (np.abs(np.asarray(g)) + 1e-8), old, gradient
+        )
+        assert_same(stepped, adam, functools.partial(np.testing.assert_allclose, atol=2e-6))
+    move = lambda old, new, target: np.testing.assert_allclose(target, 0.995 * old + 0.005 * new, atol=1e-6)
+    jax.tree.map(move, state.target_critic, new.critic.params, new.target_critic)
+
+
+@pytest.mark.parametrize("base, name", PAIRS)
+def test_delta_0_is_the_baseline_bit_for_bit(base, name, dataset):
+    algo, args = load_algo(name), small_args(name, delta=0.0, seeds=(1, 2))
+    base_args = small_args(base, seeds=(1, 2))
+    expected, _ = load_algo(base).train(base_args, 50, dataset, make_states(base, base_args, dataset))
+    found, _ = algo.train(args, 50, dataset, make_states(name, args, dataset))
+    assert_same(found, expected)
+    args = small_args(name, seeds=(1, 2))
+    moved, _ = algo.train(args, 50, dataset, make_states(name, args, dataset))
+    pairs = zip(jax.tree.leaves(moved.actor.params), jax.tree.leaves(expected.actor.params))
+    assert any((a != b).any() for a, b in pairs)  # with the paper's delta it is another algorithm
+
+
+# Figure 2: calls of a network in one update: forward policy, forward value, backward policy, backward value. A critic
+# (of two members) counts as one network; ours values the best next action in the pass that picks it, which saves MFQL
+# one call.
+CALLS = {"mfql": (11, 2, 1, 1), "dmfql": (11, 3, 1, 2), "mfrebrac": (11, 2, 1, 1), "dmfrebrac": (11, 3, 1, 2)}
+
+
+def network_calls(jaxpr, batch_size):
+    """Counts passes by the products of the second layer: a backward pass makes one whose result has a row per
+    transition."""
+    counts = dict.fromkeys(["forward policy", "forward value", "backward policy", "backward value"], 0)
+    for equation in jaxpr.eqns:
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            for name, count in network_calls(inner, batch_size).items():
+                counts[name] += count
+        stack = str(equation.source_info.name_stack)
+        if equation.primitive.name == "dot_general" and stack.endswith("Dense_1"):
+            way = "backward" if "transpose" in stack else "forward"
+            if batch_size in equation.outvars[0].aval.shape:
+                counts[f"{way} {'policy' if 'Policy' in stack else 'value'}"] += 1
+    return counts
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_network_calls_per_update(name, dataset):
+    args = small_args(name, batch_size=123)
+    state = one_state(name, args, dataset)
+    jaxpr = jax.make_jaxpr(functools.partial(load_algo(name).update, args))(dataset, state, None)
+    assert tuple(network_calls(jaxpr.jaxpr, 123).values()) == CALLS[name]

@@ -1,0 +1,227 @@
+"""A run from the command line: what it prints and writes, how it stops and goes on, and what it refuses."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import flax.serialization
+import numpy as np
+import pytest
+from conftest import ALGOS, EPISODES, TASK, assert_same, load_algo, run_cli, start_cli
+
+import common
+import run
+
+SMALL = ["--env-name", TASK, "--generate-episodes", EPISODES, "--hidden-dims", 16, 16, "--batch-size", 16]
+SMALL += ["--num-updates", 40, "--eval-episodes", 2, "--flow-steps", 2, "--num-workers", 1]
+
+
+def folder_of(out, cwd):
+    """The run folder that the banner names."""
+    return cwd / next(line.split()[1] for line in out.splitlines() if line.startswith("  folder"))
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def checkpoint_of(folder):
+    return flax.serialization.msgpack_restore((folder / "checkpoint.msgpack").read_bytes()[32:])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its folder and what it printed."""
+    cwd = tmp_path_factory.mktemp("whole")
+    code, out, err = run_cli("dmfql", *SMALL, "--seeds", 5, 6, cwd=cwd)
+    assert code == 0, err
+    return folder_of(out, cwd), out
+
+
+def test_what_a_run_prints_and_writes(whole, data_path):
+    folder, out = whole
+    assert out.startswith(f"dmfql on {TASK}, scored by success in cube-single-singletask-v0\n")
+    for part in (str(data_path), "generated, 4,000 transitions, sha256", "delta 0.03, ", "discount 0.99", "mujoco 3.1"):
+        assert part in out
+    assert out.count("% success (seed 5 ") == 10 and "\nscore: " in out and "32, 36, 40 updates" in out
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == sorted(
+        ["args.json", "checkpoint.msgpack", "episodes.csv", "eval.csv", "train.csv"]
+    )
+    record = json.loads((folder / "args.json").read_text())
+    assert record["args"]["num_samples"] == 2 and record["args"]["alpha"] == 300  # the paper's, and stored
+    assert record["data"]["source"] == "generated" and len(record["data"]["sha256"]) == 64
+    train, evals, episodes = (rows_of(folder / f"{name}.csv") for name in ("train", "eval", "episodes"))
+    assert [(row["step"], row["seed"]) for row in evals] == [(str(s), seed) for s in range(4, 41, 4) for seed in "56"]
+    assert len(train) == 20 and len(episodes) == 40 and train[0].keys() >= {"critic_loss", "flow_loss", "q_grad_norm"}
+    for row in evals:
+        mine = [float(e["score"]) for e in episodes if (e["step"], e["seed"]) == (row["step"], row["seed"])]
+        assert len(mine) == 2 and float(row["score"]) == np.mean(mine)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path):
+    """SIGKILL in mid-training, twice; the parameters and every CSV are those of the run that was never stopped."""
+    process = start_cli("dmfql", *SMALL, "--seeds", 5, 6, cwd=tmp_path)
+    pattern = f"runs/{TASK}/dmfql/*/eval.csv"
+    for evaluations in (2, 5):
+        while not any(len(rows_of(path)) >= 2 * evaluations for path in tmp_path.glob(pattern)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        (folder,) = [path.parent for path in tmp_path.glob(pattern)]
+        with open(
+            folder / "train.csv", "a"
+        ) as file:  # a line that the kill cut short, and one that outran the checkpoint
+            file.write("39,5,0.1,0.1,0.1,0.1\n39,6,0.")
+        process = start_cli("dmfql", "--resume", folder, cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    for name in ("train.csv", "eval.csv", "episodes.csv"):
+        assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
+    assert_same(checkpoint_of(folder), checkpoint_of(whole[0]))
+    assert out.splitlines()[-3] == whole[1].splitlines()[-3]  # the score
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(number, whole, tmp_path):
+    flags = [*SMALL, "--seeds", 5, 6]
+    flags[flags.index("--num-updates") + 1] = 100_000
+    process = start_cli("dmfql", *flags, cwd=tmp_path)
+    while not list(tmp_path.glob(f"runs/{TASK}/dmfql/*/train.csv")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    step, command = out.splitlines()[-1].removeprefix("stopped at update ").split("; go on by: python ")
+    folder = tmp_path / command.split()[-1]
+    assert checkpoint_of(folder)["step"] == int(step.replace(",", "")) == int(rows_of(folder / "train.csv")[-1]["step"])
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
+
+
+def test_resume_refuses_what_is_not_its_own(whole, tmp_path):
+    folder, _ = whole
+    copy = lambda name: subprocess.run(["cp", "-r", folder, tmp_path / name], check=True) and tmp_path / name
+    cases = [
+        ("mfql", [folder], "is a run of dmfql: resume it by algos/dmfql.py"),
+        ("dmfql", [folder, "--seeds", 3], "takes all other flags from"),
+        ("dmfql", [tmp_path], "is no run's folder"),
+    ]
+    damaged = copy("damaged") / "checkpoint.msgpack"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    cases.append(("dmfql", [damaged.parent], f"{damaged} is damaged"))
+    other = copy("other") / "args.json"
+    other.write_text(other.read_text().replace('"sha256": "', '"sha256": "0'))
+    cases.append(("dmfql", [other.parent], "its sha256 differs"))
+    shapes = copy("shapes") / "args.json"
+    record = json.loads(shapes.read_text())
+    record["args"]["hidden_dims"] = [16, 17]
+    shapes.write_text(json.dumps(record))
+    cases.append(("dmfql", [shapes.parent], "holds other networks"))
+    for name, flags, sentence in cases:
+        code, out, err = run_cli(name, "--resume", *flags, cwd=tmp_path)
+        assert (code, "Traceback" in err) == (1, False) and sentence in err, (out, err)
+
+
+def test_two_processes_cannot_train_one_run(whole):
+    with run.filelock.FileLock(whole[0] / ".lock"):
+        args = load_algo("dmfql").Args(resume=str(whole[0]))
+        with pytest.raises(common.Error, match="being trained by another process"), run.Run(args, "dmfql.py", ("ql",)):
+            pass
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--env-name", "scene-pley"], "there is no task 'scene-pley'; the nearest are scene-play"),
+        (["--env-name", "visual-scene-play-singletask-v0"], "seen in pixels"),
+        (["--env-name", "cube-triple-play-singletask-v0"], "give --discount --q-agg --num-samples --alpha --delta"),
+        (["--batch-size", 0], "--batch-size 0 is impossible"),
+        (["--delta", -0.1], "--delta -0.1 is impossible"),
+        (["--delta", "nan"], "--delta nan is impossible"),
+        (["--num-samples", 0], "--num-samples 0 is impossible"),
+        (["--num-target-samples", -1], "--num-target-samples -1 is impossible"),
+        (["--seeds"], "--seeds () is impossible"),
+        (["--seeds", 1, 1], "--seeds (1, 1) is impossible"),
+        (["--hidden-dims"], "--hidden-dims () is impossible"),
+        (["--num-updates", 101], "give a multiple of 10"),
+        (["--discount", 1.5], "--discount 1.5 is impossible"),
+        (["--dataset-path", "nowhere.npz"], "there is no dataset at nowhere.npz"),
+        (["--dataset-path", "x", "--generate-episodes", 1], "exclude each other"),
+        (["--env-name", "antmaze-large-navigate", "--generate-episodes", 1], "cannot be generated"),
+        (["--batch-size", "many"], "invalid"),
+        (["--no-such-flag"], "no-such-flag"),
+    ],
+)
+def test_impossible_flags_end_in_one_sentence(flags, sentence, tmp_path, monkeypatch, capsys):
+    """In this process, as `main(tyro.cli(Args))` does it: an exit with a sentence, before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    algo = load_algo("dmfql")
+    with pytest.raises(SystemExit) as error:
+        algo.main(algo.tyro.cli(algo.Args, args=[str(flag) for flag in flags]))
+    text = str(error.value) + capsys.readouterr().err
+    assert error.value.code not in (0, None) and sentence in text.replace("\n", " ")
+    assert not list(tmp_path.glob("runs/*/*/*"))
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_every_script_runs(name, tmp_path):
+    """As a user starts it, an error included."""
+    code, out, err = run_cli(name, *SMALL, cwd=tmp_path)
+    assert code == 0 and "score: " in out, err
+    code, out, err = run_cli(name, "--env-name", "scene-pley", cwd=tmp_path)
+    assert code == 1 and out == "" and err.startswith("error: there is no task") and err.count("\n") == 1
+
+
+def test_an_unwritable_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.Error, match=f"cannot write to {tmp_path}/runs.*start elsewhere"):
+        run.Run(load_algo("dmfql").Args(env_name=TASK), "dmfql.py", ("ql",))
+
+
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(common.Error, match="cannot write /dev/full .No space left on device"):
+        run.append_rows(pathlib.Path("/dev/full"), [{"step": 1}])
+
+
+def test_diverging_seeds_are_named(tmp_path, monkeypatch, capsys):
+    """One of two seeds diverges: it is named once and the other goes on; when both have, the run ends."""
+    monkeypatch.chdir(tmp_path)
+    args = load_algo("mfql").Args(env_name=TASK, generate_episodes=EPISODES, seeds=(5, 6), num_updates=40)
+    with pytest.raises(common.Error, match="every seed diverged by update 16"):
+        with run.Run(args, "mfql.py", ("ql",)) as record:
+            record.restore(None)
+            for q in ([1.0, 2.0], [1.0, np.nan], [1.0, np.nan], [np.inf, np.nan]):
+                record.evaluated.add(record.step)
+                record.log({"q": np.array(q)})
+    said = [line for line in capsys.readouterr().out.splitlines() if "diverged" in line]
+    assert [line.split(" (")[0] for line in said] == ["seed 6 diverged by update 8", "seed 5 diverged by update 16"]
+    rows = rows_of(record.folder / "train.csv")
+    assert [row["q"] for row in rows] == ["1", "2", "1", "nan", "1", "nan", "inf", "nan"]
+
+
+def test_weights_and_biases_offline(tmp_path):
+    code, out, err = run_cli("mfql", *SMALL, "--track", cwd=tmp_path, WANDB_MODE="offline", WANDB_SILENT="true")
+    assert code == 0 and "warning" not in out, err
+    assert list(folder_of(out, tmp_path).glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_weights_and_biases_without_a_login_is_a_warning(tmp_path):
+    code, out, err = run_cli(
+        "mfql", *SMALL, "--track", cwd=tmp_path, WANDB_API_KEY="", WANDB_BASE_URL="http://127.0.0.1:9"
+    )
+    assert code == 0 and out.count("warning: not tracked by Weights & Biases") == 1, err
+
+
+def test_importing_does_not_import_wandb():
+    code = "import sys, run; assert 'wandb' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
