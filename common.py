@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import signal
+import sys
 import typing
 import urllib.request
 import zipfile
@@ -32,6 +33,7 @@ import ogbench
 from ogbench.relabel_utils import relabel_dataset
 from tqdm import tqdm
 
+import adroit
 import generate
 
 gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's action spaces are cast to float32, which it would tell
@@ -89,27 +91,41 @@ RANGES = {  # of every flag that an algorithm may have
 class Task:
     """A dataset, and the environment that scores what was learned from it."""
 
-    name: str  # as the paper prints it ("scene-play"), or OGBench's id
-    env_id: str  # "scene-singletask-v0"
+    name: str  # as the paper prints it ("scene-play", "pen-human-v1"), or OGBench's id
+    env_id: str  # "scene-singletask-v0", or the Adroit hand: "pen"
     dataset: str  # "scene-play-v0"
-    num_updates: int  # the paper's number of gradient steps
+    num_updates: int = 1_000_000  # the paper's number of gradient steps
+
+    @property
+    def adroit(self) -> bool:
+        """Whether it is one of D4RL's: scored by the normalized return after the last update, not by success in %."""
+        return self.env_id in adroit.HANDS
 
 
 def load_task(name: str) -> Task:
-    """The task called `name`: one of the paper's, or any OGBench `*-singletask*-v0` id. Raises Error if there is
-    none."""
-    base, _, kind = name.rpartition("-")
+    """The task called `name`: one of the paper's, another Adroit dataset, or any OGBench `*-singletask*-v0` id.
+
+    Raises Error if there is none, or if the installed MuJoCo simulates it differently.
+    """
+    if name in adroit.TASKS:
+        try:
+            if warning := adroit.check_mujoco_version():
+                print(f"warning: {warning}", file=sys.stderr)
+        except ValueError as error:
+            raise Error(str(error))
+        return Task(name, adroit.TASKS[name], name, 500_000)
     if name in PAPER:
-        return Task(name, f"{base}-singletask-v0", f"{name}-v0", 1_000_000)
+        return Task(name, f"{name.rpartition('-')[0]}-singletask-v0", f"{name}-v0")
     if "visual" in name or "powderworld" in name:
         raise Error(f"{name} is seen in pixels, and these networks take states: choose a task without 'visual'")
     found = re.fullmatch(r"([\w-]+)-(\w+)-singletask(-task\d)?-v0", name)
     if found and found[2] in next(kinds for family, kinds in DATASETS.items() if family in found[1]):
         env_id = f"{found[1]}-singletask{found[3] or ''}-v0"
         if env_id in gymnasium.registry:
-            return Task(name, env_id, f"{found[1]}-{found[2]}-v0", 1_000_000)
-    ids = [f"{task}-singletask{number}-v0" for task in PAPER for number in ("", *(f"-task{i}" for i in range(1, 6)))]
-    near = difflib.get_close_matches(name, PAPER, 3, 0.3) + difflib.get_close_matches(name, ids, 2)
+            return Task(name, env_id, f"{found[1]}-{found[2]}-v0")
+    ids = [f"{task}-singletask{i}-v0" for task in PAPER if task not in adroit.TASKS for i in ("", "-task1", "-task2")]
+    near = difflib.get_close_matches(name, dict.fromkeys([*PAPER, *adroit.TASKS]), 3, 0.5)
+    near += difflib.get_close_matches(name, ids, 2)
     raise Error(f"there is no task {name!r}; the nearest are {', '.join(near)}" if near else
                 f"there is no task {name!r}; there are {', '.join(PAPER)}")  # fmt: skip
 
@@ -175,7 +191,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     It is read from `dataset_path`; or made of `generate_episodes` episodes, generated once and kept; or the published
     one, downloaded once and kept. Raises Error if it cannot be had, is damaged or is another task's.
     """
-    folder = pathlib.Path("~/.ogbench/data").expanduser()
+    folder = pathlib.Path("~/.d4rl/datasets" if task.adroit else "~/.ogbench/data").expanduser()
     if dataset_path:
         source, path, make = "given", pathlib.Path(dataset_path).expanduser(), None
     elif generate_episodes:
@@ -185,8 +201,9 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
         source, path = "generated", folder / f"{task.dataset}-generated{generate_episodes}.npz"
         make = lambda: generate.generate(task.dataset, generate_episodes, path)
     else:
-        source, path = "published", folder / f"{task.dataset}.npz"
-        make = lambda: download(f"{ogbench.utils.DATASET_URL}/{path.name}", path)
+        base = adroit.DATASET_URL if task.adroit else ogbench.utils.DATASET_URL
+        source, path = "published", folder / (task.dataset + (".hdf5" if task.adroit else ".npz"))
+        make = lambda: download(f"{base}/{path.name}", path)
     if make and not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +212,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
                     make()
         except OSError as error:
             raise Error(f"cannot write {path} ({error.strerror}): make room there, or give a file by --dataset-path")
-    dataset = load_ogbench(task, path)
+    dataset = load_adroit(task, path) if task.adroit else load_ogbench(task, path)
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     about = {"path": str(path), "source": source, "sha256": sha256, "transitions": len(dataset.obs)}
@@ -215,9 +232,12 @@ def download(url: str, path: pathlib.Path):
             raise http.client.IncompleteRead(b"", size - temporary.stat().st_size)
         temporary.replace(path)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        hint = " or pass --generate-episodes 1000 to make data here" if generate.can_generate(path.stem) else ""
-        raise Error(f"cannot download {url} ({error}): put the file at {path} by hand (a mirror: "
-                    f"https://huggingface.co/datasets/zhouzypaul/ogbench_datasets){hint}")  # fmt: skip
+        remedy = f"put the file at {path} by hand"
+        if path.suffix == ".npz":
+            remedy += " (a mirror: https://huggingface.co/datasets/zhouzypaul/ogbench_datasets)"
+        if generate.can_generate(path.stem):
+            remedy += ", or make data here by --generate-episodes 1000"
+        raise Error(f"cannot download {url} ({error}): {remedy}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -261,6 +281,15 @@ def load_ogbench(task: Task, path: pathlib.Path) -> Dataset:
     return Dataset(obs[start], action[start], reward[start], mask[start], obs[start + 1], action[start + 1])
 
 
+def load_adroit(task: Task, path: pathlib.Path) -> Dataset:
+    """The transitions of one of D4RL's files: numpy arrays. Raises Error, naming the file, if it is not whole."""
+    try:
+        data = adroit.load_transitions(path, task.env_id)
+    except ValueError as error:
+        raise Error(f"{error}: delete it, and it is downloaded anew, or name another file by --dataset-path")
+    return Dataset(**data | {key: clip_action(data[key]) for key in ("action", "next_action")})
+
+
 def clip_action(action: np.ndarray) -> np.ndarray:
     """Actions as float32 within +-(1 - 1e-5), as FQL clips them."""
     return np.clip(action.astype(np.float32), -1 + 1e-5, 1 - 1e-5)
@@ -272,6 +301,8 @@ def make_env(task: Task, **kwargs) -> gymnasium.Env:
 
     OGBench 1.2 judges success at s; the paper's version judged s', so that is asked for.
     """
+    if task.adroit:
+        return adroit.make_env(task.env_id, **kwargs)
     return gymnasium.make(task.env_id, success_timing="post", disable_env_checker=True, **kwargs)
 
 
@@ -284,25 +315,33 @@ def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
     return obs
 
 
+def episode_score(task: Task, episode_return: float, info: dict) -> float:
+    """The score of an episode by its return and its last step's info: D4RL's normalized return, or success in %."""
+    return adroit.normalized_score(task.env_id, episode_return) if task.adroit else 100.0 * info["success"]
+
+
 def play(connection, task: Task, slots: list[int]):
     """A worker process: holds the environments of `slots` and obeys, message by message, until its parent is gone.
 
     A message is {slot: command}, a command the seed to reset from or the action to take. The answer is {slot: (obs,
-    score)}, score being None while the episode lasts: success in %, or an exception in its place.
+    score)}, score being None while the episode lasts, or an exception in its place.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     try:
         envs = {slot: make_env(task) for slot in slots}
+        returns = dict.fromkeys(slots, 0.0)
         draws = {}  # the state of np.random that each episode sees: its own, whoever its neighbours are
         while True:
             answer = {}
             for slot, command in connection.recv().items():
                 if isinstance(command, int):
-                    answer[slot] = reset_env(envs[slot], command), None
+                    obs, score, returns[slot] = reset_env(envs[slot], command), None, 0.0
                 else:
                     np.random.set_state(draws[slot])
-                    obs, _, terminated, truncated, info = envs[slot].step(command)
-                    answer[slot] = obs, 100.0 * info["success"] if terminated or truncated else None
+                    obs, reward, terminated, truncated, info = envs[slot].step(command)
+                    returns[slot] += reward
+                    score = episode_score(task, returns[slot], info) if terminated or truncated else None
+                answer[slot] = obs, score
                 draws[slot] = np.random.get_state()
             connection.send(answer)
     except (EOFError, KeyboardInterrupt, BrokenPipeError):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common import Environments, Error, evaluate, load_dataset, load_task, resolve
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "mujoco")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
 
 
 def write_file(path: pathlib.Path, content: bytes):
@@ -123,6 +123,7 @@ class Run:
                 raise Error(f"--resume takes all other flags from {args.resume}/args.json: give it alone")
             self.folder, args = pathlib.Path(args.resume), type(args)(**record["args"])
         self.algo, self.task = algo, load_task(args.env_name)
+        self.unit = "normalized return" if self.task.adroit else "% success"
         self.args = args = resolve(args, self.task, columns)
         if not record:
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -181,7 +182,7 @@ class Run:
         data, versions = self.record["data"], self.record["versions"]
         elsewhere = ("env_name", "dataset_path", "generate_episodes", "resume", "track", "wandb_project_name")
         values = [f"{name} {v}" for name, v in dataclasses.asdict(self.args).items() if name not in elsewhere]
-        print(f"{self.algo} on {self.task.name}, scored by success in {self.task.env_id}")
+        print(f"{self.algo} on {self.task.name}, scored by {self.unit} in {self.task.env_id}")
         print(f"  data    {data['path']}")
         print(f"          {data['source']}, {data['transitions']:,} transitions, sha256 {data['sha256'][:16]}")
         print(f"  values  {', '.join(values)}")
@@ -257,7 +258,7 @@ class Run:
         self.evaluated.add(self.step)
         each = ", ".join(f"seed {seed} {mean:.1f}" for seed, mean in zip(args.seeds, means))
         tell(
-            f"update {self.step:,}: {means.mean():.1f} % success ({each}; {args.eval_episodes} episodes each, "
+            f"update {self.step:,}: {means.mean():.1f} {self.unit} ({each}; {args.eval_episodes} episodes each, "
             f"{time.monotonic() - begun:.0f} s)"
         )
 
@@ -298,13 +299,14 @@ class Run:
 
     def print_score(self):
         """Prints the score by the paper's protocol: of each seed, the mean of the evaluations at 80, 90 and 100% of the
-        run; over the seeds, mean and standard deviation (ddof 0)."""
-        rows = [row for row in read_rows(self.folder / "eval.csv") if int(row["step"]) >= 8 * self.interval]
+        run, or the last one on D4RL; over the seeds, mean and standard deviation (ddof 0)."""
+        first = (10 if self.task.adroit else 8) * self.interval
+        rows = [row for row in read_rows(self.folder / "eval.csv") if int(row["step"]) >= first]
         seeds = {seed: [float(row["score"]) for row in rows if int(row["seed"]) == seed] for seed in self.args.seeds}
         scores = [np.mean(values) for values in seeds.values()]
         steps = ", ".join(f"{step:,}" for step in sorted({int(row["step"]) for row in rows}))
-        print(f"score: {np.mean(scores):.1f} +- {np.std(scores):.1f} % success")
-        print(f"  mean +- std over {len(seeds)} seed(s) of the mean over the evaluations at {steps} updates")
+        print(f"score: {np.mean(scores):.1f} +- {np.std(scores):.1f} {self.unit}")
+        print(f"  mean +- std over {len(seeds)} seed(s), each scored by the mean of its evaluations at {steps} updates")
         print(f"  every number is in {self.folder}", flush=True)
 
     def start_tracking(self) -> list:

@@ -60,6 +60,7 @@ def home(tmp_path_factory):
     before = os.environ["HOME"]
     home = tmp_path_factory.mktemp("home")
     os.environ["HOME"] = str(home)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "jax")  # scripts that are started again compile once
     path = home / ".ogbench" / "data" / f"{TASK}-v0-generated{EPISODES}.npz"
     path.parent.mkdir(parents=True)
     generate.generate(f"{TASK}-v0", EPISODES, path)

@@ -135,6 +135,25 @@ def test_an_episode_depends_on_seed_and_number_alone(data_path):
     assert (other["actions"] != raw["actions"][:1001]).any()
 
 
+# From OGBench's own generate_manipspace.py, its env.reset and np.random seeded per episode as here: of the first
+# episode, the sums of observations 0, 40 and 80, and of the first 40 actions. (The whole arrays were the same, bit for
+# bit, for 10 + 1, 4, 20 + 2, 4 and 2 episodes of cube-single, cube-double, scene, puzzle-3x3 and puzzle-4x4.)
+OFFICIAL = {
+    "cube-single-play-v0": [3.434847, 2.19796, -5.559432, 5.372677, -19.343645, -2.897277, 9.507219, 6.491101],
+    "scene-play-v0": [2.861245, 1.180527, 0.910510, 9.312635, -7.987193, -2.154518, 33.735153, 0.439288],
+    "puzzle-3x3-play-v0": [8.604689, 10.333373, 10.629379, 7.961474, -6.527891, -0.588633, 36.228168, 3.648830],
+}
+
+
+@pytest.mark.parametrize("dataset", OFFICIAL)
+def test_episodes_are_those_of_ogbenchs_own_script(dataset):
+    episode = generate.collect_episode(dataset, 0, 0)
+    sums = [*episode["observations"][[0, 40, 80]].sum(1), *episode["actions"][:40].sum(0)]
+    np.testing.assert_allclose(sums, OFFICIAL[dataset], atol=1e-3)
+    dtypes = {"terminals": bool, "button_states": np.int64}
+    assert all(array.dtype == dtypes.get(key, np.float32) for key, array in episode.items())
+
+
 def test_fewer_episodes_are_the_first_of_more(data_path, home):
     less = data_path.with_name("less.npz")
     generate.generate(f"{TASK}-v0", 2, less, num_workers=1)

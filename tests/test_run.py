@@ -1,6 +1,7 @@
 """A run from the command line: what it prints and writes, how it stops and goes on, and what it refuses."""
 
 import csv
+import itertools
 import json
 import os
 import pathlib
@@ -10,10 +11,12 @@ import sys
 import time
 
 import flax.serialization
+import h5py
 import numpy as np
 import pytest
 from conftest import ALGOS, EPISODES, TASK, assert_same, load_algo, run_cli, start_cli
 
+import adroit
 import common
 import run
 
@@ -45,7 +48,7 @@ def whole(tmp_path_factory):
 
 def test_what_a_run_prints_and_writes(whole, data_path):
     folder, out = whole
-    assert out.startswith(f"dmfql on {TASK}, scored by success in cube-single-singletask-v0\n")
+    assert out.startswith(f"dmfql on {TASK}, scored by % success in cube-single-singletask-v0\n")
     for part in (str(data_path), "generated, 4,000 transitions, sha256", "delta 0.03, ", "discount 0.99", "mujoco 3.1"):
         assert part in out
     assert out.count("% success (seed 5 ") == 10 and "\nscore: " in out and "32, 36, 40 updates" in out
@@ -179,6 +182,33 @@ def test_every_script_runs(name, tmp_path):
     assert code == 0 and "score: " in out, err
     code, out, err = run_cli(name, "--env-name", "scene-pley", cwd=tmp_path)
     assert code == 1 and out == "" and err.startswith("error: there is no task") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, hand", list(zip(ALGOS, itertools.cycle(["pen", "door", "hammer", "relocate"]))))
+def test_every_script_runs_on_adroit(name, hand, tmp_path):
+    """On a few recorded steps of the real environment, in D4RL's format."""
+    env, rng = adroit.make_env(hand), np.random.default_rng(0)
+    rows = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    for seed in range(2):
+        (obs, _), over = env.reset(seed=seed), False
+        while not over:
+            action = rng.uniform(-1, 1, env.action_space.shape)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            for key, value in zip(rows, (obs, action, reward, terminated, truncated)):
+                rows[key].append(value)
+            obs, over = next_obs, terminated or truncated
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        for key, values in rows.items():
+            file[key] = np.array(values)
+    flags = [*SMALL, "--env-name", f"{hand}-expert-v1", "--dataset-path", "data.hdf5"]
+    del flags[2:4]  # --generate-episodes
+    code, out, err = run_cli(name, *flags, cwd=tmp_path)
+    assert code == 0, err
+    assert f"{name} on {hand}-expert-v1, scored by normalized return in {hand}\n" in out and "given, " in out
+    last = rows_of(folder_of(out, tmp_path) / "eval.csv")[-1]
+    assert f"score: {float(last['score']):.1f} +- 0.0 normalized return\n" in out  # the last evaluation alone
+    episodes = rows_of(folder_of(out, tmp_path) / "episodes.csv")[-2:]
+    assert all(-60 < float(row["score"]) < 120 for row in episodes)  # of a policy that knows nothing
 
 
 def test_an_unwritable_folder_is_named(tmp_path, monkeypatch):
