@@ -50,32 +50,32 @@ class Error(SystemExit):
 # The paper's Table 5 (delta, num_samples, alpha_critic) and what it takes from others: alpha, q_agg and discount from
 # FQL (Park et al., 2025c), and, not all checked against their source again, the temperature of AWR and ReBRAC's
 # coefficients (FQL's; on Adroit CORL's for the actor).
-COLUMNS = (
-    "iql.delta iql.num_samples ql.delta ql.num_samples ql.alpha_critic alpha q_agg discount awr.alpha"
-    " rebrac.alpha_actor rebrac.alpha_critic"
-).split()
-PAPER = {
-    name: dict(zip(COLUMNS, (value if value in ("min", "mean") else json.loads(value) for value in row)))
-    for name, *row in map(
-        str.split,
-        """
-    antmaze-large-navigate        0.1     4   0.03    4  0.01      10   min  0.99    10   0.003  0.01
-    humanoidmaze-medium-navigate  0.1    32   0.1    32  0.01      30  mean  0.995   10   0.01   0.01
-    humanoidmaze-large-navigate   0.03    8   0.03   16  0.001     30  mean  0.995   10   0.01   0.01
-    antsoccer-arena-navigate      0.1    16   0.1    16  0.1       10  mean  0.995    1   0.01   0.01
-    cube-single-play              0.03   32   0.03    2  0.01     300  mean  0.99     1   1      0
-    cube-double-play              0.1    16   0.03    4  0.1      300  mean  0.99   0.3   0.1    0
-    scene-play                    0.1    32   0.1     4  0.01     300  mean  0.99    10   0.1    0.01
-    puzzle-3x3-play               0.03    4   0.03    2  0.01    1000  mean  0.99    10   0.3    0.01
-    puzzle-4x4-play               0.03   64   0.03    4  0.01    1000  mean  0.99     3   0.3    0.01
-    pen-human-v1                  0.001   8   0.0003  4  0.5    10000   min  0.99    10   0.1    0.5
-    pen-cloned-v1                 0.001  16   0.0003 32  0.5    10000   min  0.99    10   0.05   0.5
-    pen-expert-v1                 0.001  64   0.0003 32  0.01    3000   min  0.99    10   0.01   0.01
-    door-expert-v1                0.003   2   0.003  16  0.01   30000   min  0.99    10   0.05   0.01
-    hammer-expert-v1              0.003   2   0.003   4  0.01   30000   min  0.99    10   0.01   0.01
-    relocate-expert-v1            0.003   2   0.0003  4  0.01   30000   min  0.99    10   0.05   0.01
-    """.strip().splitlines(),
-    )
+TABLE = """
+                              iql:      ql:                          all:                  awr:   rebrac:
+                              delta  n  delta   n  alpha_critic  alpha q_agg discount   alpha   alpha_actor, _critic
+antmaze-large-navigate        0.1    4  0.03    4  0.01             10   min    0.99       10   0.003   0.01
+humanoidmaze-medium-navigate  0.1   32  0.1    32  0.01             30  mean   0.995       10   0.01    0.01
+humanoidmaze-large-navigate   0.03   8  0.03   16  0.001            30  mean   0.995       10   0.01    0.01
+antsoccer-arena-navigate      0.1   16  0.1    16  0.1              10  mean   0.995        1   0.01    0.01
+cube-single-play              0.03  32  0.03    2  0.01            300  mean    0.99        1   1       0
+cube-double-play              0.1   16  0.03    4  0.1             300  mean    0.99      0.3   0.1     0
+scene-play                    0.1   32  0.1     4  0.01            300  mean    0.99       10   0.1     0.01
+puzzle-3x3-play               0.03   4  0.03    2  0.01           1000  mean    0.99       10   0.3     0.01
+puzzle-4x4-play               0.03  64  0.03    4  0.01           1000  mean    0.99        3   0.3     0.01
+pen-human-v1                  0.001  8  0.0003  4  0.5           10000   min    0.99       10   0.1     0.5
+pen-cloned-v1                 0.001 16  0.0003 32  0.5           10000   min    0.99       10   0.05    0.5
+pen-expert-v1                 0.001 64  0.0003 32  0.01           3000   min    0.99       10   0.01    0.01
+door-expert-v1                0.003  2  0.003  16  0.01          30000   min    0.99       10   0.05    0.01
+hammer-expert-v1              0.003  2  0.003   4  0.01          30000   min    0.99       10   0.01    0.01
+relocate-expert-v1            0.003  2  0.0003  4  0.01          30000   min    0.99       10   0.05    0.01
+"""
+COLUMNS = [
+    *("iql.delta", "iql.num_samples", "ql.delta", "ql.num_samples", "ql.alpha_critic", "alpha", "q_agg", "discount"),
+    *("awr.alpha", "rebrac.alpha_actor", "rebrac.alpha_critic"),
+]
+PAPER = {  # {task: {column: value}}
+    name: dict(zip(COLUMNS, (value if value in ("min", "mean") else json.loads(value) for value in values)))
+    for name, *values in (line.split() for line in TABLE.strip("\n").splitlines()[2:])
 }
 DATASETS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
 RANGES = {  # of every flag that an algorithm may have
@@ -136,11 +136,9 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
 
     Raises Error if the paper has no value for a flag that needs one, or if a value is impossible.
     """
-    row = (
-        PAPER.get(task.dataset) or PAPER.get(task.dataset.removesuffix("-v0")) or {}
-    )  # all tasks of a dataset share it
+    row = PAPER.get(task.dataset.removesuffix("-v0"), {})  # all tasks of a dataset share it
     values, missing = {"num_updates": task.num_updates}, []
-    for flag in [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]:
+    for flag in (flag for flag, value in vars(args).items() if value is None):
         names = [name for name in (*(f"{column}.{flag}" for column in columns), flag) if name in COLUMNS]
         if names and row:
             values[flag] = row[names[0]]
@@ -159,7 +157,7 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
         raise Error(f"--seeds {args.seeds} is impossible: give one or more different numbers in [0, 2^32)")
     if args.num_updates % 10:
         raise Error(
-            f"--num-updates {args.num_updates} is impossible: every tenth is evaluated, so give a multiple of 10"
+            f"--num-updates {args.num_updates} is impossible: each tenth is evaluated, so give a multiple of 10"
         )
     if args.dataset_path and args.generate_episodes:
         raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import threading
 
 os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes that draw nothing
 
@@ -121,6 +122,13 @@ def collect_episode(dataset: str, seed: int, episode: int) -> dict[str, np.ndarr
             return arrays
 
 
+def follow_parent():
+    """Makes a worker process leave Ctrl-C to its parent, and end with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def generate(dataset: str, num_episodes: int, path: pathlib.Path, seed: int = 0, num_workers: int | None = None):
     """Writes `num_episodes` training episodes to `path` and a tenth as many to `<path>-val`, in parallel over the
     cores.
@@ -131,8 +139,7 @@ def generate(dataset: str, num_episodes: int, path: pathlib.Path, seed: int = 0,
     num_val = max(1, num_episodes // 10)
     episodes = [*range(num_episodes), *range(VALIDATION, VALIDATION + num_val)]
     context = multiprocessing.get_context("forkserver")
-    ignore_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    with concurrent.futures.ProcessPoolExecutor(num_workers, context, ignore_ctrl_c) as pool:
+    with concurrent.futures.ProcessPoolExecutor(num_workers, context, follow_parent) as pool:
         try:
             arrays = pool.map(functools.partial(collect_episode, dataset, seed), episodes)
             arrays = list(tqdm(arrays, f"generating {dataset}", len(episodes), unit="episode"))

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from common import Environments, Error, evaluate, load_dataset, load_task, resolve
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
 
 
 def write_file(path: pathlib.Path, content: bytes):
@@ -71,17 +72,27 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
 def keep_rows(path: pathlib.Path, keep: collections.abc.Callable[[int], bool]):
     """Leaves those rows of a CSV whose step `keep` accepts."""
     rows = [row for row in read_rows(path) if keep(int(row["step"]))]
-    path.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
     if rows:
-        append_rows(path, rows)
+        append_rows(temporary, rows)
+        temporary.replace(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def read_record(folder: str) -> dict:
-    """What a run wrote to args.json in its folder. Raises Error if it is no run's."""
+def read_record(folder: str, algo: str, kind: type) -> tuple[dict, object]:
+    """What a run of `algo` wrote to args.json in its folder, and its arguments, a `kind`.
+
+    Raises Error if none did.
+    """
     try:
         record = json.loads(pathlib.Path(folder, "args.json").read_text())
-        record["args"] = {name: tuple(v) if isinstance(v, list) else v for name, v in record["args"].items()}
-        return record
+        if record["algo"] != algo:
+            raise Error(f"{folder} is a run of {record['algo']}: resume it by algos/{record['algo']}.py")
+        if not {"data", "device", "versions"} <= record.keys():
+            raise ValueError("its args.json is not whole")
+        return record, kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in record["args"].items()})
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise Error(f"{folder} is no run's folder ({error}): --resume takes one like runs/<task>/<algo>/<time>")
 
@@ -101,6 +112,12 @@ def tell(text: str):
     sys.stdout.flush()
 
 
+def leave_before_training(number, frame):
+    """Handles Ctrl-C and SIGTERM as long as there is nothing to save."""
+    print("stopped before the first update: there is nothing to resume", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 class Run:
     """The record of one run: what was asked, on which data, what came of it, and where it stands.
 
@@ -116,12 +133,10 @@ class Run:
         is impossible."""
         algo, record = pathlib.Path(file).stem, None
         if args.resume:
-            record = read_record(args.resume)
-            if record["algo"] != algo:
-                raise Error(f"{args.resume} is a run of {record['algo']}: resume it by algos/{record['algo']}.py")
+            record, stored = read_record(args.resume, algo, type(args))
             if args != dataclasses.replace(type(args)(), resume=args.resume):
                 raise Error(f"--resume takes all other flags from {args.resume}/args.json: give it alone")
-            self.folder, args = pathlib.Path(args.resume), type(args)(**record["args"])
+            self.folder, args = pathlib.Path(args.resume), stored
         self.algo, self.task = algo, load_task(args.env_name)
         self.unit = "normalized return" if self.task.adroit else "% success"
         self.args = args = resolve(args, self.task, columns)
@@ -134,15 +149,18 @@ class Run:
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             except OSError as error:
                 raise Error(f"cannot write to {self.folder.parent.absolute()} ({error.strerror}): start elsewhere")
+        self.signals = {number: signal.signal(number, leave_before_training) for number in SIGNALS}
         self.dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         if not record:
             record = {"algo": algo, "args": dataclasses.asdict(args), "data": data, "commit": git_commit()}
-            record["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
-            record["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            record |= {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "versions": versions}
             self.folder.mkdir()
             write_file(self.folder / "args.json", json.dumps(record, indent=2).encode())
         if record["data"]["sha256"] != data["sha256"]:
             raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
+        if record["versions"] != versions:
+            print(f"warning: begun with {record['versions']}, resumed with {versions}", file=sys.stderr)
         self.record, self.lock = record, filelock.FileLock(self.folder / ".lock")
         self.step = 0  # updates done
         self.interval = args.num_updates // 10  # updates between two evaluations
@@ -156,12 +174,15 @@ class Run:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
             raise Error(f"{self.folder} is being trained by another process: let that one end, or stop it")
+        except OSError as error:
+            raise Error(f"cannot write to {self.folder} ({error.strerror}): mend that, and resume the run")
         self.print_banner()
         slots = min(self.args.eval_episodes, max(1, 16 // len(self.args.seeds)))  # about 16 over all seeds
         workers = self.args.num_workers or os.cpu_count()
         self.environments = Environments(self.task, slots * len(self.args.seeds), workers)
         self.trackers = self.start_tracking() if self.args.track else []
-        self.handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in SIGNALS:
+            signal.signal(number, self.ask_to_stop)
         calm = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: few in a log file
         self.bar = tqdm(total=self.args.num_updates, desc=self.algo, unit="update", mininterval=calm, smoothing=0.1)
         return self
@@ -169,7 +190,7 @@ class Run:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         self.environments.close()
-        for number, handler in self.handlers.items():
+        for number, handler in self.signals.items():
             signal.signal(number, handler)
         for tracker in self.trackers:
             tracker.finish(exit_code=int(kind is not None))

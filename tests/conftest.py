@@ -60,7 +60,10 @@ def home(tmp_path_factory):
     before = os.environ["HOME"]
     home = tmp_path_factory.mktemp("home")
     os.environ["HOME"] = str(home)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "jax")  # scripts that are started again compile once
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "jax")  # what several tests or scripts compile is kept
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     path = home / ".ogbench" / "data" / f"{TASK}-v0-generated{EPISODES}.npz"
     path.parent.mkdir(parents=True)
     generate.generate(f"{TASK}-v0", EPISODES, path)

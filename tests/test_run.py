@@ -177,10 +177,12 @@ def test_impossible_flags_end_in_one_sentence(flags, sentence, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ALGOS)
 def test_every_script_runs(name, tmp_path):
-    """As a user starts it, an error included."""
     code, out, err = run_cli(name, *SMALL, cwd=tmp_path)
     assert code == 0 and "score: " in out, err
-    code, out, err = run_cli(name, "--env-name", "scene-pley", cwd=tmp_path)
+
+
+def test_an_error_is_one_line(tmp_path):
+    code, out, err = run_cli("dmfql", "--env-name", "scene-pley", cwd=tmp_path)
     assert code == 1 and out == "" and err.startswith("error: there is no task") and err.count("\n") == 1
 
 
