@@ -182,6 +182,7 @@ def test_rebrac_moves_its_actor_and_targets_every_so_many_updates(frequency, dat
         assert moved(old.critic.params, state.critic.params)
         for part in ("actor", "target_actor", "target_critic"):
             assert moved(getattr(old, part), getattr(state, part)) == (number % frequency == 0)
+        assert state.actor.step == state.actor.opt_state[0].count == number // frequency
         if number == frequency:
             _, batch_key, _, actor_key = jax.random.split(old.key, 4)
             batch = common.sample_batch(dataset, batch_key, args.batch_size)
