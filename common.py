@@ -79,9 +79,11 @@ PAPER = {  # {task: {column: value}}
 }
 DATASETS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
 RANGES = {  # of every flag that an algorithm may have
-    **dict.fromkeys(("batch_size", "num_updates", "num_samples", "num_target_samples", "flow_steps"), (1, 10**8)),
+    **dict.fromkeys(
+        ("batch_size", "num_updates", "num_samples", "num_target_samples", "flow_steps", "policy_frequency"), (1, 10**8)
+    ),
     **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes"), (1, 10**6)),
-    **dict.fromkeys(("alpha", "alpha_actor", "alpha_critic", "delta"), (0, 1e9)),
+    **dict.fromkeys(("alpha", "alpha_actor", "alpha_critic", "delta", "policy_noise", "noise_clip"), (0, 1e9)),
     **dict.fromkeys(("discount", "tau", "expectile", "learning_rate"), (0, 1)),
     "eval_seed": (0, 2**32 - 1),
 }

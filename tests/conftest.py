@@ -31,7 +31,7 @@ def load_algo(name):
 
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 PAIRS = [(name, f"d{name}") for name in ALGOS if f"d{name}" in ALGOS]
-COLUMNS = dict.fromkeys(ALGOS, ("ql",))
+COLUMNS = dict.fromkeys(ALGOS, ("ql",)) | {"rebrac": ("rebrac",)}
 
 
 def small_args(name, **changes):

@@ -10,8 +10,9 @@ import pytest
 from conftest import ALGOS, PAIRS, ROOT, assert_same, load_algo, make_states, small_args
 
 # Definitions that differ from file to file, because there the algorithms do; all others are the same wherever they
-# stand.
-OWN = {"Args", "critic_loss", "actor_loss", "main"}
+# stand. fql has a network more; rebrac has a target more, and updates that leave the actor as it is: AgentState, init,
+# update. Neither acts by MaxQ: act.
+OWN = {"Args", "AgentState", "init", "critic_loss", "actor_loss", "update", "act", "main"}
 
 
 def definitions(name):
@@ -79,7 +80,8 @@ def test_the_losses_fall_on_real_data(name, dataset):
     states, first = algo.train(args, 20, dataset, make_states(name, args, dataset))
     for _ in range(20):
         states, last = algo.train(args, 20, dataset, states)
-    assert last["flow_loss"][0] < 0.6 * first["flow_loss"][0]
+    for loss in first.keys() & {"flow_loss", "distill_loss", "bc_loss"}:
+        assert last[loss][0] < 0.6 * first[loss][0]
     assert last["q"][0] < first["q"][0] - 0.1  # every reward is -1 until the cube lies at its goal
 
 

@@ -21,7 +21,7 @@ import common
 import run
 
 SMALL = ["--env-name", TASK, "--generate-episodes", EPISODES, "--hidden-dims", 16, 16, "--batch-size", 16]
-SMALL += ["--num-updates", 40, "--eval-episodes", 2, "--flow-steps", 2, "--num-workers", 1]
+SMALL += ["--num-updates", 40, "--eval-episodes", 2, "--num-workers", 1]
 
 
 def folder_of(out, cwd):

@@ -1,0 +1,213 @@
+"""ReBRAC (Tarasov et al., 2023): a deterministic policy, kept near the data in the actor and in the critic (Eq. 11).
+
+    critic   mean (Q(s, a) - (r + discount (Q'(s', a') - alpha_critic ||a' - a'_data||^2)))^2,
+             a' = pi'(s') + clip(N(0, policy_noise), +-noise_clip),  a'_data the action taken at s' in the data
+    actor    alpha_actor mean ||pi(s) - a||^2 - mean Q(s, pi(s)) / mean |Q(s, pi(s))|,  every policy_frequency updates
+    acts by  pi(s)
+
+Q is the smaller of the two critics. `--no-tanh` gives the paper's ReBRAC (Gauss), whose pi is a plain linear output.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax.training.train_state import TrainState
+
+import common
+from run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    env_name: str = "scene-play"
+    """task: one of the paper's 15, or any OGBench `*-singletask*-v0` id"""
+    seeds: tuple[int, ...] = (111,)
+    """seeds, all trained side by side in one program"""
+    num_updates: int | None = None
+    """gradient steps (None here and below: the paper's value for the task)"""
+    batch_size: int = 256
+    """transitions per update"""
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """widths of the hidden layers of every network"""
+    learning_rate: float = 3e-4
+    """learning rate of Adam, for every network"""
+    discount: float | None = None
+    """discount factor gamma"""
+    tau: float = 0.005
+    """step of the targets towards their networks"""
+    alpha_actor: float | None = None
+    """weight of the squared distance to the data action in the actor's loss"""
+    alpha_critic: float | None = None
+    """weight of the squared distance to the next data action in the Bellman target"""
+    tanh: bool = True
+    """whether tanh keeps the policy's actions in [-1, 1]"""
+    policy_noise: float = 0.2
+    """standard deviation of the noise on the target actor's action"""
+    noise_clip: float = 0.5
+    """largest noise there"""
+    policy_frequency: int = 2
+    """updates of the critic per update of the actor and of both targets"""
+    eval_episodes: int = 50
+    """episodes per evaluation, which comes at every tenth of the run"""
+    eval_seed: int = 0
+    """what the episodes' first states and the policy's noise in them depend on"""
+    num_workers: int | None = None
+    """processes that step the environments (None: one per core)"""
+    dataset_path: str | None = None
+    """file to train on, in place of the published one"""
+    generate_episodes: int | None = None
+    """train on that many episodes made here by OGBench's own oracles, in place of the published ones"""
+    resume: str | None = None
+    """folder of the run to go on with, in place of all other flags"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project_name: str = "doal"
+    """project there"""
+
+
+class MLP(nn.Module):
+    """Hidden layers of Dense, GELU and, if asked for, layer norm, then a Dense one: [..., in_dim] -> [..., out_dim]."""
+
+    hidden_dims: tuple[int, ...]
+    out_dim: int
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        kernel_init = nn.initializers.variance_scaling(1, "fan_avg", "uniform")
+        for dim in self.hidden_dims:
+            x = nn.gelu(nn.Dense(dim, kernel_init=kernel_init)(x))
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+        return nn.Dense(self.out_dim, kernel_init=kernel_init)(x)
+
+
+class Critic(nn.Module):
+    """Two independent Q(s, a): obs [..., obs_dim], action [..., action_dim] -> [2, ...]."""
+
+    hidden_dims: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs, action):
+        two = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None, "axis_size": 2}
+        q = nn.vmap(MLP, **two)(self.hidden_dims, 1, layer_norm=True)
+        return q(jnp.concatenate([obs, action], axis=-1)).squeeze(-1)
+
+
+class DeterministicPolicy(nn.Module):
+    """Action pi(s): obs [..., obs_dim] -> [..., action_dim], in [-1, 1] if tanh."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int
+    tanh: bool
+
+    @nn.compact
+    def __call__(self, obs):
+        hidden = nn.gelu(MLP(self.hidden_dims[:-1], self.hidden_dims[-1])(obs))
+        small = nn.initializers.variance_scaling(0.01, "fan_avg", "uniform")
+        action = nn.Dense(self.action_dim, kernel_init=small)(hidden)
+        return jnp.tanh(action) if self.tanh else action
+
+
+class AgentState(NamedTuple):
+    """All that training carries from one update to the next."""
+
+    actor: TrainState
+    critic: TrainState
+    target_actor: dict
+    target_critic: dict
+    key: jax.Array
+
+
+def init(args, obs_dim, action_dim, seed):
+    """The state before the first update, a function of the seed."""
+    key, actor_key, critic_key = jax.random.split(jax.random.PRNGKey(seed), 3)
+    obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
+    actor, critic = DeterministicPolicy(args.hidden_dims, action_dim, args.tanh), Critic(args.hidden_dims)
+    actor_params, critic_params = actor.init(actor_key, obs), critic.init(critic_key, obs, action)
+    return AgentState(
+        actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(args.learning_rate)),
+        critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=optax.adam(args.learning_rate)),
+        target_actor=actor_params,
+        target_critic=critic_params,
+        key=key,
+    )
+
+
+def critic_loss(params, args, state, batch, key):
+    """Q-learning at the target actor's noisy next action, penalized by its distance to the data's (Eq. 11)."""
+    next_action = state.actor.apply_fn(state.target_actor, batch.next_obs)
+    noise = args.policy_noise * jax.random.normal(key, next_action.shape)
+    next_action = jnp.clip(next_action + jnp.clip(noise, -args.noise_clip, args.noise_clip), -1, 1)
+    next_q = state.critic.apply_fn(state.target_critic, batch.next_obs, next_action).min(axis=0)
+    next_q -= args.alpha_critic * jnp.sum((next_action - batch.next_action) ** 2, axis=-1)
+    target = batch.reward + args.discount * batch.mask * next_q
+    q = state.critic.apply_fn(params, batch.obs, batch.action)
+    loss = jnp.mean((q - target) ** 2)
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def actor_loss(params, args, state, batch, key):
+    """BRAC (Eq. 10): Q of the policy's action, at a scale of one, and its squared distance to the data action."""
+    action = state.actor.apply_fn(params, batch.obs)
+    loss = jnp.sum((action - batch.action) ** 2, axis=-1).mean()
+    q = state.critic.apply_fn(state.critic.params, batch.obs, action).min(axis=0)
+    scale = jax.lax.stop_gradient(jnp.abs(q).mean())
+    return args.alpha_actor * loss - q.mean() / scale, {"bc_loss": loss, "actor_q": q.mean()}
+
+
+def update(args, dataset, state, _):
+    """One step of every network, all gradients at the same old parameters: the body of a scan."""
+    key, batch_key, critic_key, actor_key = jax.random.split(state.key, 4)
+    batch = common.sample_batch(dataset, batch_key, args.batch_size)
+    gradient = functools.partial(jax.grad, has_aux=True)
+    critic_grads, critic_metrics = gradient(critic_loss)(state.critic.params, args, state, batch, critic_key)
+    actor_grads, actor_metrics = gradient(actor_loss)(state.actor.params, args, state, batch, actor_key)
+    critic = state.critic.apply_gradients(grads=critic_grads)
+    actor = state.actor.apply_gradients(grads=actor_grads)
+    target_actor = optax.incremental_update(actor.params, state.target_actor, args.tau)
+    target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
+    new, old = (actor, target_actor, target_critic), (state.actor, state.target_actor, state.target_critic)
+    moves = critic.step % args.policy_frequency == 0  # no lax.cond: under vmap it computes both sides too
+    actor, target_actor, target_critic = jax.tree.map(functools.partial(jnp.where, moves), new, old)
+    return AgentState(actor, critic, target_actor, target_critic, key), critic_metrics | actor_metrics
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def train(args, num_steps, dataset, states):
+    """num_steps updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
+    updates = lambda state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_steps)
+    states, metrics = jax.vmap(updates)(states)
+    return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def act(args, states, obs, keys):
+    """The policy's actions for obs [seeds, slots, obs_dim], a key each: [seeds, slots, action_dim]."""
+    one = lambda state, obs, key: jnp.clip(state.actor.apply_fn(state.actor.params, obs), -1, 1)
+    return jax.vmap(jax.vmap(one, (None, 0, 0)))(states, obs, keys)
+
+
+def main(args):
+    """Trains all seeds, evaluates them at every tenth of the run, and prints their score by the paper's protocol."""
+    with Run(args, __file__, columns=("rebrac",)) as run:
+        args, dataset = run.args, run.dataset
+        init_seed = functools.partial(init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
+        states = run.restore(jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32)))
+        while not run.finished:
+            if run.evaluation_due:
+                run.evaluate(functools.partial(act, args, states))
+            else:
+                states, metrics = train(args, run.chunk, dataset, states)
+                run.log(metrics)
+            run.save(states)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
