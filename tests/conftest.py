@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # much is compiled here, little computed
+
 import jax
 import jax.numpy as jnp
 import numpy as np

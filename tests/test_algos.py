@@ -10,9 +10,8 @@ import pytest
 from conftest import ALGOS, PAIRS, ROOT, assert_same, load_algo, make_states, small_args
 
 # Definitions that differ from file to file, because there the algorithms do; all others are the same wherever they
-# stand.
-# With V to learn, the IQL family has a network more: AgentState, init and update. init also makes the policy, whose kind
-# decides act, too: a Gaussian acts by its mean, the others by MaxQ.
+# stand. The IQL family has a network more, V: hence AgentState, init and update. init makes the policy, too, and its
+# kind decides act: a Gaussian acts by its mean, the others by MaxQ.
 OWN = {"Args", "AgentState", "init", "critic_loss", "actor_loss", "update", "act", "main"}
 
 

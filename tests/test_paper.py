@@ -203,8 +203,8 @@ def test_delta_0_is_the_baseline_bit_for_bit(base, name, dataset):
 
 # Figure 2: calls of a network in one update: forward policy, forward value, backward policy, backward value. A critic
 # (of two members) counts as one network; ours values the best next action in the pass that picks it, which saves MFQL
-# one call. The IQL family calls Q', Q, V(s), V(s') forward and Q, V(s) backward; then AWR asks for Q and V(s) once more,
-# and ETrigFlow for Q both ways.
+# one call. The IQL family calls Q', Q, V(s), V(s') forward and Q, V(s) backward; then AWR asks for Q and V(s) once
+# more, and ETrigFlow for Q both ways.
 CALLS = {"mfql": (11, 2, 1, 1), "dmfql": (11, 3, 1, 2), "mfrebrac": (11, 2, 1, 1), "dmfrebrac": (11, 3, 1, 2)}
 CALLS |= {"iql": (1, 6, 1, 2), "diql": (1, 7, 1, 3), "ifql": (1, 4, 1, 2), "difql": (1, 5, 1, 3)}
 CALLS |= {"trigflow": (1, 4, 1, 2), "dtrigflow": (1, 5, 1, 3), "etrigflow": (1, 5, 1, 3)}
