@@ -35,6 +35,7 @@ def load_algo(name):
 
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 PAIRS = [(name, f"d{name}") for name in ALGOS if f"d{name}" in ALGOS]
+FULLEST = [name for name in ALGOS if name not in dict(PAIRS)]  # a D- file is its baseline, bit for bit, and more
 SOURCE = {name: (ROOT / "algos" / f"{name}.py").read_text() for name in ALGOS}
 COLUMNS = {name: ast.literal_eval(re.search(r"columns=(\(.*\))\)", SOURCE[name])[1]) for name in ALGOS}
 

@@ -51,7 +51,7 @@ def main():
     panels |= {title: learned_actions(name) for name, title in titles.items()}
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.3), sharex=True, sharey=True, layout="constrained")
     for axis, (title, actions) in zip(axes, panels.items()):
-        axis.scatter(*actions.T, s=60 if np.ptp(actions) < 0.01 else 3, alpha=0.5, linewidths=0)
+        axis.scatter(*actions.T, s=60 if np.ptp(actions, axis=0).max() < 0.01 else 3, alpha=0.5, linewidths=0)
         near = mode_shares(actions).sum()
         axis.set(title=f"{title}\n{near:.0%} near a mode", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
     (ROOT / "docs").mkdir(exist_ok=True)

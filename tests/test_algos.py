@@ -7,7 +7,7 @@ import difflib
 import jax
 import numpy as np
 import pytest
-from conftest import ALGOS, PAIRS, ROOT, assert_same, load_algo, make_states, small_args
+from conftest import ALGOS, FULLEST, PAIRS, ROOT, assert_same, load_algo, make_states, small_args
 
 # Definitions that differ from file to file, because there the algorithms do; all others are the same wherever they
 # stand. The IQL family has a network more, V: hence AgentState, init and update. init makes the policy, too, and its
@@ -61,7 +61,7 @@ def test_definitions_stand_in_one_order():
             assert [key for key in first if key in shared] == [key for key in second if key in shared]
 
 
-@pytest.mark.parametrize("name", ALGOS)
+@pytest.mark.parametrize("name", FULLEST)
 def test_a_seed_is_the_same_alone_and_among_others(name, dataset):
     together, alone = small_args(name, seeds=(7, 8, 9)), small_args(name, seeds=(8,))
     states, metrics = load_algo(name).train(together, 10, dataset, make_states(name, together, dataset))
@@ -72,7 +72,7 @@ def test_a_seed_is_the_same_alone_and_among_others(name, dataset):
     assert any((np.asarray(leaf)[0] != np.asarray(leaf)[1]).any() for leaf in leaves)  # the seeds differ
 
 
-@pytest.mark.parametrize("name", ALGOS)
+@pytest.mark.parametrize("name", FULLEST)
 def test_chunks_do_not_change_the_numbers_nor_compile_again(name, dataset):
     algo, args = load_algo(name), small_args(name, seeds=(3, 4))
     algo.train.clear_cache()
