@@ -10,7 +10,9 @@ import pytest
 from conftest import ALGOS, PAIRS, assert_same, load_algo, make_states, small_args
 
 D_ALGOS = [name for _, name in PAIRS]
-MAXQ_ALGOS = [name for name in ALGOS if name in ("mfql", "dmfql", "mfrebrac", "dmfrebrac", "mfql_bptt")]
+QL_ALGOS = ["mfql", "dmfql", "mfrebrac", "dmfrebrac", "mfql_bptt"]
+FLOW_ALGOS = [*QL_ALGOS, "ifql", "difql"]
+MAXQ_ALGOS = [*FLOW_ALGOS, "trigflow", "dtrigflow", "etrigflow"]
 
 
 def one_state(name, args, dataset):
@@ -45,11 +47,13 @@ def numpy_flow(params, obs, action, t):
     return numpy_mlp(params["params"]["MLP_0"], np.concatenate([obs, action, t], -1).astype(np.float64))
 
 
-def numpy_sample(params, obs, noise, steps):
-    """Eq. 4: a_{t - dt} = a_t + dt v(a_t, t), from t = 1 to t = 0."""
+def numpy_sample(name, params, obs, noise, steps):
+    """Eq. 4: a_{t - dt} = a_t + dt v(a_t, t), from t = 1 to t = 0; or Eq. 8, from t = pi / 2 to t = 0."""
     action = np.asarray(noise, np.float64)
-    for t in np.linspace(1, 0, steps, endpoint=False):
-        action = action + numpy_flow(params, obs, action, np.full((*obs.shape[:-1], 1), t)) / steps
+    times = np.linspace(np.pi / 2 if "trigflow" in name else 1, 0, steps + 1)
+    for k, t in zip(times, times[1:]):
+        output = numpy_flow(params, obs, action, np.full((*obs.shape[:-1], 1), k))
+        action = np.cos(k - t) * action - np.sin(k - t) * output if "trigflow" in name else action + (k - t) * output
     return np.clip(action, -1, 1)
 
 
@@ -106,12 +110,12 @@ def test_optimal_action_is_not_clipped_and_does_not_hide_nan(dataset, batch):
 
 @pytest.mark.parametrize("name", MAXQ_ALGOS)
 def test_sampling_against_numpy(name, dataset, batch):
-    """Ten Euler steps from noise at t = 1 (Eq. 4), clipped."""
+    """Ten equal steps of Euler (Eq. 4) or DDIM (Eq. 8) from noise, clipped."""
     args = small_args(name)
     state, key = one_state(name, args, dataset), jax.random.PRNGKey(1)
     noise = jax.random.normal(key, batch.action.shape)
     action = state.actor.apply_fn(state.actor.params, batch.obs, key, method="sample")
-    np.testing.assert_allclose(action, numpy_sample(state.actor.params, batch.obs, noise, 10), atol=1e-5)
+    np.testing.assert_allclose(action, numpy_sample(name, state.actor.params, batch.obs, noise, 10), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MAXQ_ALGOS)
@@ -122,14 +126,14 @@ def test_max_q_against_numpy(name, q_agg, dataset, batch):
     state, key = one_state(name, args, dataset), jax.random.PRNGKey(2)
     action, value = algo.max_q(args, state, state.critic.params, batch.obs, 5, key)
     obs = np.broadcast_to(batch.obs, (5, *batch.obs.shape))
-    actions = numpy_sample(state.actor.params, obs, jax.random.normal(key, (5, *batch.action.shape)), 10)
+    actions = numpy_sample(name, state.actor.params, obs, jax.random.normal(key, (5, *batch.action.shape)), 10)
     q = numpy_critics(state.critic.params, obs, actions)
     q = q.min(0) if q_agg == "min" else q.mean(0)
     np.testing.assert_allclose(value, q.max(0), atol=1e-5)
     np.testing.assert_allclose(action, actions[q.argmax(0), np.arange(len(batch.obs))], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MAXQ_ALGOS)
+@pytest.mark.parametrize("name", QL_ALGOS)
 def test_critic_loss_against_numpy(name, dataset, batch):
     """Eq. 22, and Eq. 23 where the policy's next action is drawn towards the data's."""
     algo, args = load_algo(name), small_args(name, **({"alpha_critic": 0.3} if "rebrac" in name else {}))
@@ -147,7 +151,7 @@ def test_critic_loss_against_numpy(name, dataset, batch):
     np.testing.assert_allclose(metrics["q"], q.mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in MAXQ_ALGOS if name != "mfql_bptt"])  # whose is in test_baselines.py
+@pytest.mark.parametrize("name", [name for name in FLOW_ALGOS if name != "mfql_bptt"])  # whose is in test_baselines.py
 def test_actor_loss_against_numpy(name, dataset, batch):
     """Eqs. 3, 16 and 19: flow matching towards a or a*, alpha times the mean over batch and action dims."""
     algo, args = load_algo(name), small_args(name)
@@ -163,7 +167,7 @@ def test_actor_loss_against_numpy(name, dataset, batch):
     np.testing.assert_allclose(loss, 300 * mean, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", MAXQ_ALGOS)
+@pytest.mark.parametrize("name", QL_ALGOS)
 def test_update_against_numpy(name, dataset):
     """One update: both gradients at the old parameters, Adam's first step, the target towards the new critic."""
     algo, args = load_algo(name), small_args(name)
@@ -199,8 +203,11 @@ def test_delta_0_is_the_baseline_bit_for_bit(base, name, dataset):
 
 # Figure 2: calls of a network in one update: forward policy, forward value, backward policy, backward value. A critic
 # (of two members) counts as one network; ours values the best next action in the pass that picks it, which saves MFQL
-# one call. To MFQL-BPTT's ten backward policy calls the flow matching adds its own.
+# one call. To MFQL-BPTT's ten backward policy calls the flow matching adds its own. The IQL family calls Q', Q, V(s),
+# V(s') forward and Q, V(s) backward; then AWR asks for Q and V(s) once more, and ETrigFlow for Q both ways.
 CALLS = {"mfql": (11, 2, 1, 1), "dmfql": (11, 3, 1, 2), "mfrebrac": (11, 2, 1, 1), "dmfrebrac": (11, 3, 1, 2)}
+CALLS |= {"iql": (1, 6, 1, 2), "diql": (1, 7, 1, 3), "ifql": (1, 4, 1, 2), "difql": (1, 5, 1, 3)}
+CALLS |= {"trigflow": (1, 4, 1, 2), "dtrigflow": (1, 5, 1, 3), "etrigflow": (1, 5, 1, 3)}
 CALLS |= {"mfql_bptt": (21, 3, 11, 2), "fql": (13, 3, 2, 2), "rebrac": (2, 3, 1, 2)}
 
 

@@ -1,0 +1,255 @@
+"""TrigFlow: implicit Q-learning (Eq. 1) with a diffusion policy (Eqs. 5-8) that acts by MaxQ sampling (Eq. 9).
+
+    critic   mean (Q(s, a) - (r + discount V(s')))^2
+    value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
+    actor    alpha mean ||f(s, a_t, t) - a||^2,  f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
+             a_t = cos(t) a + sin(t) z,  z ~ N(0, I),  t ~ U[0, pi / 2]
+    acts by  the best by Q of num_samples policy actions
+
+t = pi / 2 is noise and t = 0 is data, as in the paper.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax.training.train_state import TrainState
+
+import common
+from run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    env_name: str = "scene-play"
+    """task: one of the paper's 15, or any OGBench `*-singletask*-v0` id"""
+    seeds: tuple[int, ...] = (111,)
+    """seeds, all trained side by side in one program"""
+    num_updates: int | None = None
+    """gradient steps (None here and below: the paper's value for the task)"""
+    batch_size: int = 256
+    """transitions per update"""
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """widths of the hidden layers of every network"""
+    learning_rate: float = 3e-4
+    """learning rate of Adam, for every network"""
+    discount: float | None = None
+    """discount factor gamma"""
+    tau: float = 0.005
+    """step of the target critic towards the critic"""
+    q_agg: Literal["min", "mean"] = "min"
+    """how the two critics make one Q"""
+    expectile: float = 0.9
+    """expectile of Q(s, a) over the data's actions that V(s) learns"""
+    num_samples: int | None = None
+    """actions that MaxQ chooses from when acting (n)"""
+    flow_steps: int = 10
+    """DDIM steps from noise to action"""
+    alpha: float | None = None
+    """weight of the behaviour loss"""
+    eval_episodes: int = 50
+    """episodes per evaluation, which comes at every tenth of the run"""
+    eval_seed: int = 0
+    """what the episodes' first states and the policy's noise in them depend on"""
+    num_workers: int | None = None
+    """processes that step the environments (None: one per core)"""
+    dataset_path: str | None = None
+    """file to train on, in place of the published one"""
+    generate_episodes: int | None = None
+    """train on that many episodes made here by OGBench's own oracles, in place of the published ones"""
+    resume: str | None = None
+    """folder of the run to go on with, in place of all other flags"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project_name: str = "doal"
+    """project there"""
+
+
+class MLP(nn.Module):
+    """Hidden layers of Dense, GELU and, if asked for, layer norm, then a Dense one: [..., in_dim] -> [..., out_dim]."""
+
+    hidden_dims: tuple[int, ...]
+    out_dim: int
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        kernel_init = nn.initializers.variance_scaling(1, "fan_avg", "uniform")
+        for dim in self.hidden_dims:
+            x = nn.gelu(nn.Dense(dim, kernel_init=kernel_init)(x))
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+        return nn.Dense(self.out_dim, kernel_init=kernel_init)(x)
+
+
+class Critic(nn.Module):
+    """Two independent Q(s, a): obs [..., obs_dim], action [..., action_dim] -> [2, ...]."""
+
+    hidden_dims: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs, action):
+        two = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None, "axis_size": 2}
+        q = nn.vmap(MLP, **two)(self.hidden_dims, 1, layer_norm=True)
+        return q(jnp.concatenate([obs, action], axis=-1)).squeeze(-1)
+
+
+class Value(nn.Module):
+    """V(s): obs [..., obs_dim] -> [...]."""
+
+    hidden_dims: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs):
+        return MLP(self.hidden_dims, 1, layer_norm=True)(obs).squeeze(-1)
+
+
+class TrigFlowPolicy(nn.Module):
+    """The network F(s, a_t, t) between noise (t = pi / 2) and actions (t = 0): [..., action_dim], with t [..., 1]."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int
+    flow_steps: int
+
+    @nn.compact
+    def __call__(self, obs, action, t):
+        return MLP(self.hidden_dims, self.action_dim)(jnp.concatenate([obs, action, t], axis=-1))
+
+    def denoise(self, obs, action, t):
+        """f(s, a_t, t), the estimate of the action in a_t (Eq. 7): [..., action_dim]."""
+        return jnp.cos(t) * action - jnp.sin(t) * self(obs, action, t)
+
+    def sample(self, obs, key):
+        """One action per row of obs [..., obs_dim], by first-order DDIM (Eq. 8): [..., action_dim] in [-1, 1]."""
+        action = jax.random.normal(key, (*obs.shape[:-1], self.action_dim))
+        dt = jnp.pi / 2 / self.flow_steps
+        for step in range(self.flow_steps):
+            t = jnp.full((*obs.shape[:-1], 1), jnp.pi / 2 - step * dt)
+            action = jnp.cos(dt) * action - jnp.sin(dt) * self(obs, action, t)
+        return jnp.clip(action, -1, 1)
+
+
+class AgentState(NamedTuple):
+    """All that training carries from one update to the next."""
+
+    actor: TrainState
+    critic: TrainState
+    value: TrainState
+    target_critic: dict
+    key: jax.Array
+
+
+def init(args, obs_dim, action_dim, seed):
+    """The state before the first update, a function of the seed."""
+    key, actor_key, critic_key, value_key = jax.random.split(jax.random.PRNGKey(seed), 4)
+    obs, action, t = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim)), jnp.zeros((1, 1))
+    actor = TrigFlowPolicy(args.hidden_dims, action_dim, args.flow_steps)
+    critic, value = Critic(args.hidden_dims), Value(args.hidden_dims)
+    actor_params = actor.init(actor_key, obs, action, t)
+    critic_params, value_params = critic.init(critic_key, obs, action), value.init(value_key, obs)
+    return AgentState(
+        actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(args.learning_rate)),
+        critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=optax.adam(args.learning_rate)),
+        value=TrainState.create(apply_fn=value.apply, params=value_params, tx=optax.adam(args.learning_rate)),
+        target_critic=critic_params,
+        key=key,
+    )
+
+
+def q_value(args, state, critic_params, obs, action):
+    """Q(s, a) of the two critics: their minimum or mean, [...]."""
+    q = state.critic.apply_fn(critic_params, obs, action)
+    return q.min(axis=0) if args.q_agg == "min" else q.mean(axis=0)
+
+
+def max_q(args, state, critic_params, obs, num_samples, key):
+    """The best of num_samples policy actions by Q (Eq. 9), and its Q: [..., action_dim], [...]."""
+    obs = jnp.broadcast_to(obs, (num_samples, *obs.shape))
+    action = state.actor.apply_fn(state.actor.params, obs, key, method="sample")
+    q = q_value(args, state, critic_params, obs, action)
+    best = q.argmax(axis=0)[None]
+    return jnp.take_along_axis(action, best[..., None], axis=0)[0], q.max(axis=0)
+
+
+def critic_loss(params, args, state, batch):
+    """Q-learning with V(s') in the target (Eq. 1)."""
+    next_v = state.value.apply_fn(state.value.params, batch.next_obs)
+    target = batch.reward + args.discount * batch.mask * next_v
+    q = state.critic.apply_fn(params, batch.obs, batch.action)
+    loss = jnp.mean((q - target) ** 2)
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def value_loss(params, args, state, batch):
+    """Expectile regression of V(s) towards the target critic's Q(s, a) (Eq. 1)."""
+    q = q_value(args, state, state.target_critic, batch.obs, batch.action)
+    v = state.value.apply_fn(params, batch.obs)
+    weight = jnp.where(q < v, 1 - args.expectile, args.expectile)
+    loss = jnp.mean(weight * (q - v) ** 2)
+    return loss, {"value_loss": loss, "v": v.mean()}
+
+
+def actor_loss(params, args, state, batch, key):
+    """TrigFlow (Eq. 6) on the data action."""
+    action = batch.action
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, action.shape)
+    t = jax.random.uniform(time_key, (*action.shape[:-1], 1), maxval=jnp.pi / 2)
+    noisy = jnp.cos(t) * action + jnp.sin(t) * noise
+    denoised = state.actor.apply_fn(params, batch.obs, noisy, t, method="denoise")
+    loss = jnp.mean((denoised - action) ** 2)
+    return args.alpha * loss, {"diffusion_loss": loss}
+
+
+def update(args, dataset, state, _):
+    """One step of every network, all gradients at the same old parameters: the body of a scan."""
+    key, batch_key, actor_key = jax.random.split(state.key, 3)
+    batch = common.sample_batch(dataset, batch_key, args.batch_size)
+    gradient = functools.partial(jax.grad, has_aux=True)
+    critic_grads, critic_metrics = gradient(critic_loss)(state.critic.params, args, state, batch)
+    value_grads, value_metrics = gradient(value_loss)(state.value.params, args, state, batch)
+    actor_grads, actor_metrics = gradient(actor_loss)(state.actor.params, args, state, batch, actor_key)
+    critic = state.critic.apply_gradients(grads=critic_grads)
+    value = state.value.apply_gradients(grads=value_grads)
+    actor = state.actor.apply_gradients(grads=actor_grads)
+    target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
+    return AgentState(actor, critic, value, target_critic, key), critic_metrics | value_metrics | actor_metrics
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def train(args, num_steps, dataset, states):
+    """num_steps updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
+    updates = lambda state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_steps)
+    states, metrics = jax.vmap(updates)(states)
+    return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def act(args, states, obs, keys):
+    """MaxQ actions for obs [seeds, slots, obs_dim], a key each: [seeds, slots, action_dim]."""
+    one = lambda state, obs, key: max_q(args, state, state.critic.params, obs, args.num_samples, key)[0]
+    return jax.vmap(jax.vmap(one, (None, 0, 0)))(states, obs, keys)
+
+
+def main(args):
+    """Trains all seeds, evaluates them at every tenth of the run, and prints their score by the paper's protocol."""
+    with Run(args, __file__, columns=("iql",)) as run:
+        args, dataset = run.args, run.dataset
+        init_seed = functools.partial(init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
+        states = run.restore(jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32)))
+        while not run.finished:
+            if run.evaluation_due:
+                run.evaluate(functools.partial(act, args, states))
+            else:
+                states, metrics = train(args, run.chunk, dataset, states)
+                run.log(metrics)
+            run.save(states)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
