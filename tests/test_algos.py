@@ -114,5 +114,5 @@ def test_actions_of_a_slot_depend_on_its_own_observation_and_key(name, dataset):
     changed = np.asarray(algo.act(args, states, other, keys) != action).any(-1)
     np.testing.assert_array_equal(changed, [[False] * 3, [False, False, True]])
     changed = np.asarray(algo.act(args, states, obs, keys.at[1, 2].add(1)) != action).any(-1)
-    np.testing.assert_array_equal(changed, [[False] * 3, [False, False, name not in ("iql", "diql", "rebrac")]])  #
-    which act by a mean
+    random = name not in ("iql", "diql", "rebrac")  # the others act by a mean
+    np.testing.assert_array_equal(changed, [[False] * 3, [False, False, random]])
