@@ -202,7 +202,8 @@ class Run:
         """Says what is about to run: task, data, values, device, folder."""
         data, versions = self.record["data"], self.record["versions"]
         elsewhere = ("env_name", "dataset_path", "generate_episodes", "resume", "track", "wandb_project_name")
-        values = [f"{name} {v}" for name, v in dataclasses.asdict(self.args).items() if name not in elsewhere]
+        values = {name: v for name, v in vars(self.args).items() if name not in elsewhere and v is not None}
+        values = [f"{name} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in values.items()]
         print(f"{self.algo} on {self.task.name}, scored by {self.unit} in {self.task.env_id}")
         print(f"  data    {data['path']}")
         print(f"          {data['source']}, {data['transitions']:,} transitions, sha256 {data['sha256'][:16]}")

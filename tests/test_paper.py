@@ -7,7 +7,9 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ALGOS, PAIRS, assert_same, load_algo, make_states, small_args
+from conftest import ALGOS, COLUMNS, PAIRS, assert_same, load_algo, make_states, small_args
+
+import common
 
 D_ALGOS = [name for _, name in PAIRS]
 QL_ALGOS = ["mfql", "dmfql", "mfrebrac", "dmfrebrac", "mfql_bptt"]
@@ -55,6 +57,29 @@ def numpy_sample(name, params, obs, noise, steps):
         output = numpy_flow(params, obs, action, np.full((*obs.shape[:-1], 1), k))
         action = np.cos(k - t) * action - np.sin(k - t) * output if "trigflow" in name else action + (k - t) * output
     return np.clip(action, -1, 1)
+
+
+@pytest.mark.parametrize(
+    "name, task, expected",
+    [
+        ("dmfrebrac", "scene-play", "delta 0.1 num_samples 4 alpha_critic 0.01 alpha 300 q_agg mean discount 0.99"),
+        ("dmfrebrac", "pen-cloned-v1", "delta 0.0003 num_samples 32 alpha_critic 0.5 alpha 10000 q_agg min"),
+        ("dmfql", "cube-double-play-singletask-task4-v0", "delta 0.03 num_samples 4 alpha 300 num_updates 1000000"),
+        ("mfql", "humanoidmaze-large-navigate", "num_samples 16 alpha 30 discount 0.995 num_target_samples 4"),
+        ("difql", "puzzle-4x4-play", "delta 0.03 num_samples 64 alpha 1000 q_agg min discount 0.99 expectile 0.9"),
+        ("diql", "antsoccer-arena-navigate", "delta 0.1 alpha 1 discount 0.995 q_agg min"),
+        ("etrigflow", "door-expert-v1", "num_samples 2 alpha 30000 num_updates 500000"),
+        ("fql", "antmaze-large-navigate", "alpha 10 q_agg min discount 0.99"),
+        ("rebrac", "relocate-expert-v1", "alpha_actor 0.05 alpha_critic 0.01 num_updates 500000"),
+    ],
+)
+def test_values_are_the_papers(name, task, expected):
+    args = common.resolve(load_algo(name).Args(env_name=task), common.load_task(task), COLUMNS[name])
+    words = expected.split()
+    assert {flag: str(getattr(args, flag)) for flag in words[::2]} == dict(zip(words[::2], words[1::2]))
+    assert (args.hidden_dims, args.batch_size, args.learning_rate, args.tau) == ((512,) * 4, 256, 3e-4, 0.005)
+    given = load_algo(name).Args(env_name=task, discount=0.5)
+    assert common.resolve(given, common.load_task(task), COLUMNS[name]).discount == 0.5
 
 
 def test_proposition_1():
