@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import http.client
+import importlib
 import json
 import multiprocessing
 import os
@@ -29,8 +30,6 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ogbench
-from ogbench.relabel_utils import relabel_dataset
 from tqdm import tqdm
 
 import adroit
@@ -116,6 +115,10 @@ def load_task(name: str) -> Task:
         except ValueError as error:
             raise Error(str(error))
         return Task(name, adroit.TASKS[name], name, 500_000)
+    try:
+        import ogbench  # noqa: F401 (registers its environments)
+    except ImportError as error:
+        raise Error(f"OGBench cannot be imported ({error}): use Python 3.11 or 3.12, and requirements.txt installs it")
     if name in PAPER:
         return Task(name, f"{name.rpartition('-')[0]}-singletask-v0", f"{name}-v0")
     if "visual" in name or "powderworld" in name:
@@ -201,7 +204,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
         source, path = "generated", folder / f"{task.dataset}-generated{generate_episodes}.npz"
         make = lambda: generate.generate(task.dataset, generate_episodes, path)
     else:
-        base = adroit.DATASET_URL if task.adroit else ogbench.utils.DATASET_URL
+        base = adroit.DATASET_URL if task.adroit else importlib.import_module("ogbench.utils").DATASET_URL
         source, path = "published", folder / (task.dataset + (".hdf5" if task.adroit else ".npz"))
         make = lambda: download(f"{base}/{path.name}", path)
     if make and not path.exists():
@@ -249,6 +252,8 @@ def load_ogbench(task: Task, path: pathlib.Path) -> Dataset:
     state and the action of row i + 1, and the last row of an episode starts none. Raises Error, naming the file, if it
     is not whole.
     """
+    from ogbench.relabel_utils import relabel_dataset
+
     env = make_env(task)
     env.reset()
     expected = {"observations": env.observation_space.shape[0], "actions": env.action_space.shape[0], "terminals": None}
@@ -303,6 +308,8 @@ def make_env(task: Task, **kwargs) -> gymnasium.Env:
     """
     if task.adroit:
         return adroit.make_env(task.env_id, **kwargs)
+    import ogbench  # noqa: F401 (registers its environments)
+
     return gymnasium.make(task.env_id, success_timing="post", disable_env_checker=True, **kwargs)
 
 

@@ -19,11 +19,6 @@ os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes 
 
 import gymnasium
 import numpy as np
-import ogbench  # noqa: F401 (registers its environments)
-from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
-from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
-from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
-from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
 from tqdm import tqdm
 
 EPISODE_STEPS = 1001
@@ -49,29 +44,26 @@ def can_generate(dataset: str) -> bool:
 @functools.cache
 def collection_env(dataset: str) -> gymnasium.Env:
     """OGBench's data-collection environment of `dataset`: one per process, since making it takes a second."""
-    env_id = dataset.replace("-play", "")
-    return gymnasium.make(
-        env_id,
-        terminate_at_goal=False,
-        mode="data_collection",
-        max_episode_steps=EPISODE_STEPS,
-        disable_env_checker=True,
-    )
+    import ogbench  # noqa: F401 (registers its environments)
+
+    free = {"terminate_at_goal": False, "mode": "data_collection", "disable_env_checker": True}
+    return gymnasium.make(dataset.replace("-play", ""), max_episode_steps=EPISODE_STEPS, **free)
 
 
 def make_oracles(env: gymnasium.Env, dataset: str) -> dict:
     """The oracle of each kind of target that the environment can set."""
+    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
+
     if dataset.startswith("cube"):
-        return {"cube": CubePlanOracle(env=env, **NOISE)}
+        return {"cube": cube_plan.CubePlanOracle(env=env, **NOISE)}
     if dataset.startswith("puzzle"):
-        return {"button": ButtonPlanOracle(env=env, gripper_always_closed=True, **NOISE)}
-    oracles = {
-        "cube": CubePlanOracle,
-        "button": ButtonPlanOracle,
-        "drawer": DrawerPlanOracle,
-        "window": WindowPlanOracle,
+        return {"button": button_plan.ButtonPlanOracle(env=env, gripper_always_closed=True, **NOISE)}
+    return {
+        "cube": cube_plan.CubePlanOracle(env=env, **NOISE),
+        "button": button_plan.ButtonPlanOracle(env=env, **NOISE),
+        "drawer": drawer_plan.DrawerPlanOracle(env=env, **NOISE),
+        "window": window_plan.WindowPlanOracle(env=env, **NOISE),
     }
-    return {target: oracle(env=env, **NOISE) for target, oracle in oracles.items()}
 
 
 def healthy(dataset: str, qpos: np.ndarray) -> bool:

@@ -151,7 +151,8 @@ class Run:
                 raise Error(f"cannot write to {self.folder.parent.absolute()} ({error.strerror}): start elsewhere")
         self.signals = {number: signal.signal(number, leave_before_training) for number in SIGNALS}
         self.dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        versions = {name: installed.get(name) for name in PACKAGES}
         if not record:
             record = {"algo": algo, "args": dataclasses.asdict(args), "data": data, "commit": git_commit()}
             record |= {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "versions": versions}

@@ -1,6 +1,7 @@
 """The IQL family: its losses against FQL's official code and independent numpy, TrigFlow, the toy, and MaxQ's bias."""
 
 import functools
+import pathlib
 import types
 
 import jax
@@ -18,7 +19,7 @@ import common
 # the order of our parameters) and actions. Its parameters were ours, but for three differences of convention: its time
 # runs the other way, so its flow saw 1 - t; it sums the two critics' losses, where ours is their mean; and its ifql has
 # no alpha, which is 1 here.
-FQL = np.load(common.pathlib.Path(__file__).with_name("fql.npz"))
+FQL = np.load(pathlib.Path(__file__).with_name("fql.npz"))
 
 
 def fql_inputs(name):
