@@ -18,8 +18,8 @@ def random_act(obs, keys):
     return scale * jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (5,), minval=-1)))(keys)
 
 
-def play_all(act, num_seeds, num_episodes, slots, workers, task=TASK, eval_seed=0, watch=None):
-    """The scores, and every observation that each (seed, episode) saw."""
+def play_all(act, num_seeds, num_episodes, slots, workers, task=TASK, eval_seed=0):
+    """The scores of the policies, from environments of their own."""
     environments = common.Environments(common.load_task(task), num_seeds * slots, workers)
     try:
         return common.evaluate(act, environments, num_seeds, num_episodes, eval_seed)
@@ -28,7 +28,7 @@ def play_all(act, num_seeds, num_episodes, slots, workers, task=TASK, eval_seed=
 
 
 def observations_of(num_seeds, num_episodes, slots, workers, act=random_act, **kwargs):
-    """{(seed, number of the slot, number of the call): observation}, as the policy saw them."""
+    """The scores, and (observations, keys) of every call of the policy."""
     seen = []
 
     def watched(obs, keys):
