@@ -22,6 +22,8 @@ from flax.training.train_state import TrainState
 import common
 from run import Run
 
+COLUMNS = ("iql",)  # of common.PAPER, which has the values of the flags that are None
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -231,7 +233,7 @@ def act(args, states, obs, keys):
 
 def main(args):
     """Trains all seeds, evaluates them at every tenth of the run, and prints their score by the paper's protocol."""
-    with Run(args, __file__, columns=("iql",)) as run:
+    with Run(args, __file__, COLUMNS) as run:
         args, dataset = run.args, run.dataset
         init_seed = functools.partial(init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
         states = run.restore(jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32)))

@@ -1,11 +1,9 @@
 """What the tests share: a home folder of their own, a little real data in it, and every algorithm as a module."""
 
-import ast
 import functools
 import importlib.util
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -36,15 +34,13 @@ def load_algo(name):
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 PAIRS = [(name, f"d{name}") for name in ALGOS if f"d{name}" in ALGOS]
 FULLEST = [name for name in ALGOS if name not in dict(PAIRS)]  # a D- file is its baseline, bit for bit, and more
-SOURCE = {name: (ROOT / "algos" / f"{name}.py").read_text() for name in ALGOS}
-COLUMNS = {name: ast.literal_eval(re.search(r"columns=(\(.*\))\)", SOURCE[name])[1]) for name in ALGOS}
 
 
 def small_args(name, **changes):
     """Arguments of an algorithm with small networks and batches, the rest as the paper has it."""
     small = {"env_name": TASK, "hidden_dims": (24, 16), "batch_size": 32}
     args = load_algo(name).Args(**(small | changes))
-    return common.resolve(args, common.load_task(args.env_name), COLUMNS[name])
+    return common.resolve(args, common.load_task(args.env_name), load_algo(name).COLUMNS)
 
 
 def make_states(name, args, dataset):

@@ -7,7 +7,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ALGOS, COLUMNS, PAIRS, assert_same, load_algo, make_states, small_args
+from conftest import ALGOS, PAIRS, assert_same, load_algo, make_states, small_args
 
 import common
 
@@ -74,12 +74,12 @@ def numpy_sample(name, params, obs, noise, steps):
     ],
 )
 def test_values_are_the_papers(name, task, expected):
-    args = common.resolve(load_algo(name).Args(env_name=task), common.load_task(task), COLUMNS[name])
+    args = common.resolve(load_algo(name).Args(env_name=task), common.load_task(task), load_algo(name).COLUMNS)
     words = expected.split()
     assert {flag: str(getattr(args, flag)) for flag in words[::2]} == dict(zip(words[::2], words[1::2]))
     assert (args.hidden_dims, args.batch_size, args.learning_rate, args.tau) == ((512,) * 4, 256, 3e-4, 0.005)
     given = load_algo(name).Args(env_name=task, discount=0.5)
-    assert common.resolve(given, common.load_task(task), COLUMNS[name]).discount == 0.5
+    assert common.resolve(given, common.load_task(task), load_algo(name).COLUMNS).discount == 0.5
 
 
 def test_proposition_1():
