@@ -52,7 +52,7 @@ table2   dmfql                 dmfql      all      8
 table2   mfql_bptt             mfql_bptt  ogbench  8
 table2   mfrebrac              mfrebrac   all      8
 table2   dmfrebrac             dmfrebrac  all      8
-table3   dmfql                 dmfql      ogbench  8
+table3   difql                 difql      ogbench  8
 table4   mfql                  mfql       ogbench  4
 figure3  dmfql                 dmfql      ogbench  8
 figure6  delta=0.03            dmfql      ogbench  4      --delta 0.03
@@ -62,7 +62,7 @@ figure7  alpha=fql             dmfql      ogbench  4
 figure7  alpha=1               dmfql      ogbench  4      --alpha 1
 figure8  num_target_samples=4  dmfql      ogbench  4      --num-target-samples 4
 figure8  num_target_samples=1  dmfql      ogbench  4      --num-target-samples 1
-"""
+"""  # Table 3 has the deltas of the IQL columns, and all of these learn the same Q
 BYSTANDERS = ("resume", "track", "wandb_project_name", "capture_video", "num_workers")  # flags that change no number
 
 
