@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import typing
 import urllib.request
@@ -313,6 +314,22 @@ def make_env(task: Task, **kwargs) -> gymnasium.Env:
     return gymnasium.make(task.env_id, success_timing="post", disable_env_checker=True, **kwargs)
 
 
+def rendering_backend() -> str:
+    """What MUJOCO_GL must be for MuJoCo to draw here without a screen: "egl", "osmesa", or as the user has set it.
+
+    Raises Error if nothing does.
+    """
+    draw = "import mujoco; mujoco.GLContext(16, 16).make_current()"
+    chosen = os.environ["MUJOCO_GL"]
+    for backend in ("egl", "osmesa") if chosen == "disabled" else (chosen,):
+        command, environment = [sys.executable, "-c", draw], os.environ | {"MUJOCO_GL": backend}
+        if not subprocess.run(command, env=environment, capture_output=True).returncode:
+            return backend
+    raise Error(
+        "nothing here can draw for --capture-video: install OSMesa (Debian's libosmesa6), or a GPU driver with EGL"
+    )
+
+
 def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
     """Starts an episode that depends on `seed` alone, and returns its first observation [obs_dim]."""
     np.random.seed(seed)  # OGBench's mazes also draw from here
@@ -327,30 +344,39 @@ def episode_score(task: Task, episode_return: float, info: dict) -> float:
     return adroit.normalized_score(task.env_id, episode_return) if task.adroit else 100.0 * info["success"]
 
 
-def play(connection, task: Task, slots: list[int]):
-    """A worker process: holds the environments of `slots` and obeys, message by message, until its parent is gone.
+class Slots:
+    """Environments that are stepped together, in this process."""
 
-    A message is {slot: command}, a command the seed to reset from or the action to take. The answer is {slot: (obs,
-    score)}, score being None while the episode lasts, or an exception in its place.
-    """
+    def __init__(self, task: Task, slots: list[int], **kwargs):
+        self.task, self.envs = task, {slot: make_env(task, **kwargs) for slot in slots}
+        self.returns = dict.fromkeys(slots, 0.0)
+        self.draws = {}  # the state of np.random that each episode sees: its own, whoever its neighbours are
+
+    def step(self, commands: dict) -> dict:
+        """Obeys {slot: command}, a command the seed to reset from or the action to take: {slot: (obs, score)}, score
+        being None while the episode lasts."""
+        answers = {}
+        for slot, command in commands.items():
+            if isinstance(command, int):
+                obs, score, self.returns[slot] = reset_env(self.envs[slot], command), None, 0.0
+            else:
+                np.random.set_state(self.draws[slot])
+                obs, reward, terminated, truncated, info = self.envs[slot].step(command)
+                self.returns[slot] += reward
+                score = episode_score(self.task, self.returns[slot], info) if terminated or truncated else None
+            answers[slot] = obs, score
+            self.draws[slot] = np.random.get_state()
+        return answers
+
+
+def play(connection, task: Task, slots: list[int]):
+    """A worker process: holds the environments of `slots` and obeys, message by message (see `Slots.step`), until its
+    parent is gone. Where an answer fails, its exception is sent in its place."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     try:
-        envs = {slot: make_env(task) for slot in slots}
-        returns = dict.fromkeys(slots, 0.0)
-        draws = {}  # the state of np.random that each episode sees: its own, whoever its neighbours are
+        environments = Slots(task, slots)
         while True:
-            answer = {}
-            for slot, command in connection.recv().items():
-                if isinstance(command, int):
-                    obs, score, returns[slot] = reset_env(envs[slot], command), None, 0.0
-                else:
-                    np.random.set_state(draws[slot])
-                    obs, reward, terminated, truncated, info = envs[slot].step(command)
-                    returns[slot] += reward
-                    score = episode_score(task, returns[slot], info) if terminated or truncated else None
-                answer[slot] = obs, score
-                draws[slot] = np.random.get_state()
-            connection.send(answer)
+            connection.send(environments.step(connection.recv()))
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass
     except Exception as error:
@@ -372,7 +398,7 @@ class Environments:
             theirs.close()  # so that a dead worker reads as the end of its pipe
 
     def step(self, commands: dict, patience: float = 300) -> dict:
-        """Sends each slot its command and returns each one's (obs, score); see `play`.
+        """Sends each slot its command and returns each one's (obs, score); see `Slots.step`.
 
         Raises Error if a worker fails, dies, or does not answer within `patience` seconds.
         """
@@ -407,6 +433,11 @@ def episode_keys(eval_seed: jax.Array, episode: jax.Array, step: jax.Array) -> j
     key = jax.random.PRNGKey(eval_seed)
     fold_in = lambda episode, step: jax.random.fold_in(jax.random.fold_in(key, episode), step)
     return jax.vmap(jax.vmap(fold_in))(episode, step)
+
+
+def slots_per_seed(num_seeds: int, num_episodes: int) -> int:
+    """How many episodes of a seed are played at a time: about 16 over all seeds."""
+    return min(num_episodes, max(1, 16 // num_seeds))
 
 
 def evaluate(

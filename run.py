@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from common import Environments, Error, evaluate, load_dataset, load_task, resolve
+from common import Environments, Error, evaluate, load_dataset, load_task, rendering_backend, resolve, slots_per_seed
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
@@ -97,6 +97,14 @@ def read_record(folder: str, algo: str, kind: type) -> tuple[dict, object]:
         raise Error(f"{folder} is no run's folder ({error}): --resume takes one like runs/<task>/<algo>/<time>")
 
 
+def read_checkpoint(path: pathlib.Path) -> dict:
+    """What `Run.save` wrote: step, and states as flax's state dict. Raises Error if the file is damaged."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise Error(f"{path} is damaged: this run cannot be resumed, start it anew")
+    return flax.serialization.msgpack_restore(content[32:])
+
+
 def git_commit() -> str | None:
     """The commit of this code, with a + if files differ from it; None outside of git."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
@@ -149,6 +157,7 @@ class Run:
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             except OSError as error:
                 raise Error(f"cannot write to {self.folder.parent.absolute()} ({error.strerror}): start elsewhere")
+        self.drawing = {"MUJOCO_GL": rendering_backend()} if args.capture_video else {}
         self.signals = {number: signal.signal(number, leave_before_training) for number in SIGNALS}
         self.dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
@@ -178,7 +187,7 @@ class Run:
         except OSError as error:
             raise Error(f"cannot write to {self.folder} ({error.strerror}): mend that, and resume the run")
         self.print_banner()
-        slots = min(self.args.eval_episodes, max(1, 16 // len(self.args.seeds)))  # about 16 over all seeds
+        slots = slots_per_seed(len(self.args.seeds), self.args.eval_episodes)
         workers = self.args.num_workers or os.cpu_count()
         self.environments = Environments(self.task, slots * len(self.args.seeds), workers)
         self.trackers = self.start_tracking() if self.args.track else []
@@ -198,6 +207,11 @@ class Run:
         self.lock.release()
         if kind is None:
             self.print_score()
+        if kind is None and self.args.capture_video:  # in a process of its own: MuJoCo reads MUJOCO_GL when imported
+            film = [sys.executable, str(pathlib.Path(__file__).with_name("evaluate.py")), str(self.folder)]
+            subprocess.run(
+                [*film, "--capture-video"], env=os.environ | self.drawing | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            )
 
     def print_banner(self):
         """Says what is about to run: task, data, values, device, folder."""
@@ -219,10 +233,7 @@ class Run:
         """
         path = self.folder / "checkpoint.msgpack"
         if path.exists():
-            content = path.read_bytes()
-            if hashlib.sha256(content[32:]).digest() != content[:32]:
-                raise Error(f"{path} is damaged: this run cannot be resumed, start it anew")
-            saved = flax.serialization.msgpack_restore(content[32:])
+            saved = read_checkpoint(path)
             try:
                 restored = jax.tree.map(jnp.asarray, flax.serialization.from_state_dict(states, saved["states"]))
                 if jax.tree.map(jnp.shape, restored) != jax.tree.map(jnp.shape, states):

@@ -66,6 +66,8 @@ class Args:
     """log to Weights & Biases"""
     wandb_project_name: str = "doal"
     """project there"""
+    capture_video: bool = False
+    """film the first seed's first episodes at the end (mp4, in the run's folder)"""
 
 
 class MLP(nn.Module):
