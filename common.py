@@ -7,6 +7,7 @@ import collections
 import collections.abc
 import dataclasses
 import difflib
+import functools
 import hashlib
 import http.client
 import importlib
@@ -299,6 +300,26 @@ def load_adroit(task: Task, path: pathlib.Path) -> Dataset:
 def clip_action(action: np.ndarray) -> np.ndarray:
     """Actions as float32 within +-(1 - 1e-5), as FQL clips them."""
     return np.clip(action.astype(np.float32), -1 + 1e-5, 1 - 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ seeds
+def seed_mesh(num_seeds: int) -> jax.sharding.Mesh:
+    """The devices that share out so many seeds evenly: as many as can."""
+    devices = next(n for n in range(jax.device_count(), 0, -1) if num_seeds % n == 0)
+    return jax.sharding.Mesh(jax.devices()[:devices], ("seed",))
+
+
+def for_each_seed(function: collections.abc.Callable, states):
+    """`function(state)` for each seed's state: `states` and the result are stacked along their first axis, [seeds, ...],
+    which is sharded over the devices of `seed_mesh`.
+
+    A GPU takes its seeds side by side, as one batch. A CPU, which one seed keeps busy, takes them one after another:
+    there a batch of one costs a third of the speed, and a batch of eight up to a quarter.
+    """
+    each = functools.partial(jax.lax.map, function) if jax.default_backend() == "cpu" else jax.vmap(function)
+    seed = jax.sharding.PartitionSpec("seed")
+    mesh = seed_mesh(len(jax.tree.leaves(states)[0]))
+    return jax.shard_map(each, mesh=mesh, in_specs=seed, out_specs=seed, check_vma=False)(states)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

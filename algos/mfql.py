@@ -196,7 +196,7 @@ def update(args, dataset, state, _):
 def train(args, num_steps, dataset, states):
     """num_steps updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
     updates = lambda state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_steps)
-    states, metrics = jax.vmap(updates)(states)
+    states, metrics = common.for_each_seed(updates, states)
     return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
 
 

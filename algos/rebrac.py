@@ -172,14 +172,22 @@ def update(args, dataset, state, _):
     batch = common.sample_batch(dataset, batch_key, args.batch_size)
     gradient = functools.partial(jax.grad, has_aux=True)
     critic_grads, critic_metrics = gradient(critic_loss)(state.critic.params, args, state, batch, critic_key)
-    actor_grads, actor_metrics = gradient(actor_loss)(state.actor.params, args, state, batch, actor_key)
     critic = state.critic.apply_gradients(grads=critic_grads)
-    actor = state.actor.apply_gradients(grads=actor_grads)
-    target_actor = optax.incremental_update(actor.params, state.target_actor, args.tau)
-    target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
-    new, old = (actor, target_actor, target_critic), (state.actor, state.target_actor, state.target_critic)
-    moves = critic.step % args.policy_frequency == 0  # no lax.cond: under vmap it computes both sides too
-    actor, target_actor, target_critic = jax.tree.map(functools.partial(jnp.where, moves), new, old)
+
+    def move():
+        actor_grads, metrics = gradient(actor_loss)(state.actor.params, args, state, batch, actor_key)
+        actor = state.actor.apply_gradients(grads=actor_grads)
+        target_actor = optax.incremental_update(actor.params, state.target_actor, args.tau)
+        target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
+        # so that the mean over all updates is the mean over those that move
+        metrics = {name: args.policy_frequency * value for name, value in metrics.items()}
+        return actor, target_actor, target_critic, metrics
+
+    def stay():
+        return state.actor, state.target_actor, state.target_critic, {"bc_loss": 0.0, "actor_q": 0.0}
+
+    moves = critic.step % args.policy_frequency == 0
+    actor, target_actor, target_critic, actor_metrics = jax.lax.cond(moves, move, stay)
     return AgentState(actor, critic, target_actor, target_critic, key), critic_metrics | actor_metrics
 
 
@@ -187,7 +195,7 @@ def update(args, dataset, state, _):
 def train(args, num_steps, dataset, states):
     """num_steps updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
     updates = lambda state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_steps)
-    states, metrics = jax.vmap(updates)(states)
+    states, metrics = common.for_each_seed(updates, states)
     return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
 
 
