@@ -100,8 +100,8 @@ class Cell(NamedTuple):
     """A cell of a table: where it stands, and the run that fills it."""
 
     table: str
-    column: str
     task: str
+    column: str
     run: "Run"
 
 
@@ -128,6 +128,8 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
     for word in flags:
         name = re.sub("^--(no-)?", "", word).replace("-", "_") if word.startswith("--") else name
         given.setdefault(name, []).append(word)
+    if "" in given:
+        raise common.Error(f"{given[''][0]!r} belongs to no flag: behind -- stand flags of algos/*.py")
     rows = [line.split() for line in EXPERIMENTS.strip("\n").splitlines()[1:]]
     rows = [row for row in rows if row[0] in selection.targets and (row[1] in selection.algos or not selection.algos)]
     cells, unknown = [], set(given) | set(selection.tasks) | set(selection.algos)
@@ -146,7 +148,7 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
             line = tuple(itertools.chain(*words.values()))
             args = common.resolve(tyro.cli(module.Args, args=line), common.load_task(task), module.COLUMNS)
             run = Run(algo, line, decisive(vars(args)), NUM_SAMPLES if table == "table4" else ())
-            cells.append(Cell(table, column, task, run))
+            cells.append(Cell(table, task, column, run))
             unknown.discard(task)
     if unknown:
         raise common.Error(f"nothing that was selected has {', '.join(sorted(unknown))}: see --help, and {__file__}")
@@ -230,7 +232,7 @@ def name_of(run: Run) -> str:
 def submit(run: Run, args: Args, slot: int) -> submitit.Job:
     """Starts a run as a job, on this machine the `slot`-th of those that run at a time."""
     try:
-        executor = submitit.AutoExecutor("runs/.jobs", cluster=args.cluster)
+        executor = submitit.AutoExecutor("runs/.jobs", cluster=args.cluster, slurm_max_num_timeout=10**6)
     except RuntimeError as error:
         raise common.Error(f"no SLURM here ({error}): log in where sbatch is, or leave --cluster slurm out")
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -239,7 +241,9 @@ def submit(run: Run, args: Args, slot: int) -> submitit.Job:
         gpus = ",".join(map(str, range(slot * args.gpus, (slot + 1) * args.gpus))) if args.gpus else gpus
     else:
         more = dict(option.partition("=")[::2] for option in args.slurm)
-        executor.update_parameters(name=f"{run.algo}-{json.loads(run.args)['env_name']}", timeout_min=60 * args.hours)
+        executor.update_parameters(
+            name=f"{run.algo}-{json.loads(run.args)['env_name']}", timeout_min=round(60 * args.hours)
+        )
         executor.update_parameters(cpus_per_task=args.cpus, slurm_additional_parameters=more)
         if args.gpus:
             executor.update_parameters(gpus_per_node=args.gpus)
@@ -272,9 +276,11 @@ def launch(runs: list[Run], args: Args) -> list[Run]:
                 del running[slot]
                 state = state_of(run)
                 if state == "finished" or stopped:
-                    lines = [line for line in job.stdout().splitlines() if line.startswith(("score:", "stopped at"))]
+                    lines = [
+                        line for line in (job.stdout() or "").splitlines() if line.startswith(("score:", "stopped at"))
+                    ]
                 else:
-                    state, lines = "FAILED", re.split("[\r\n]+", job.stderr().strip())
+                    state, lines = "FAILED", re.split("[\r\n]+", (job.stderr() or "").strip())
                     failed.append(run)
                 print(f"{state:9}{name_of(run)}\n         {' '.join(lines[-1:])}", flush=True)
         if signal.sigtimedwait({signal.SIGINT}, 0.5):
@@ -282,6 +288,8 @@ def launch(runs: list[Run], args: Args) -> list[Run]:
             stopped = True
             for _, job in running.values():
                 stop(job)
+            if args.cluster == "slurm":  # a job that was still waiting for its turn never ends
+                break
     if stopped:
         sys.exit(128 + signal.SIGINT)
     return failed
@@ -314,9 +322,7 @@ def main(args: Args, flags: list[str]):
     if args.dry_run:
         return
     if failed := launch(todo, args):
-        raise common.Error(
-            f"{len(failed)} of {len(todo)} runs failed (their logs are in runs/.jobs), the others are well"
-        )
+        raise common.Error(f"{len(failed)} of {len(todo)} runs failed: their logs are in runs/.jobs")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""reproduce.py: what a name expands to, what is skipped and resumed, and a small grid that is interrupted."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import filelock
+import numpy as np
+import pytest
+from conftest import ROOT, TASK
+from test_run import record_episodes, rows_of
+
+import common
+import evaluate
+import reproduce
+from reproduce import Selection, expand, state_of
+from run import append_rows
+
+
+def test_the_tables_are_the_papers():
+    """Each cell that the paper prints is asked for, and no other, but for IFQL as it took it over (ifql*)."""
+    cells = expand(Selection(("table1", "table2")), [])
+    with open(ROOT / "results" / "paper.csv") as file:
+        printed = {(row["table"], row["task"], row["column"].rstrip("*")) for row in csv.DictReader(file)}
+    asked = {cell[:3] for cell in cells}
+    assert asked == {key for key in printed if key[0] in ("table1", "table2")}
+    assert len(asked) == len(cells) == 216
+
+
+def test_seeds_and_values_are_the_papers():
+    args = {cell[:3]: json.loads(cell.run.args) for cell in expand(Selection(("table2", "figure6", "table4")), [])}
+    table, figure = args["table2", "scene-play", "dmfql"], args["figure6", "scene-play", "delta=0.3"]
+    assert table["seeds"] == [111, 222, 333, 444, 555, 666, 777, 888] and figure["seeds"] == [11, 22, 33, 44]
+    assert (table["delta"], figure["delta"], table["num_updates"], table["alpha"]) == (0.1, 0.3, 1_000_000, 300)
+    assert args["table2", "pen-human-v1", "rebrac_gauss"]["tanh"] is False
+    assert {cell.run.num_samples for cell in expand(Selection(("table4",)), [])} == {(1, 2, 4, 8, 16, 32, 64, 128)}
+    assert "num_workers" not in table and "resume" not in table  # they change no number
+
+
+def test_flags_go_to_the_algorithms_that_have_them():
+    flags = ["--num-updates", "20", "--num-target-samples", "1", "--hidden-dims", "16", "16", "--seeds", "7"]
+    cells = expand(Selection(("table1", "table2"), ("scene-play",), ("difql", "dmfql")), flags)
+    difql, dmfql = (json.loads(cell.run.args) for cell in cells)
+    assert difql["num_updates"] == dmfql["num_updates"] == 20 and difql["hidden_dims"] == [16, 16]
+    assert dmfql["num_target_samples"] == 1 and "num_target_samples" not in difql
+    assert difql["seeds"] == [7]
+
+
+def test_a_run_that_two_figures_share_is_one():
+    cells = expand(Selection(("figure6", "figure7", "figure8"), ("cube-single-play",)), [])
+    runs = {(cell.run.algo, cell.run.args) for cell in cells}
+    assert len(cells) == 7 and len(runs) == 5  # delta 0.03, the alpha of FQL and 4 target samples are the paper's
+
+
+@pytest.mark.parametrize(
+    "selection, flags, sentence",
+    [
+        (Selection(("table1",), ("scene-pley",)), [], "nothing that was selected has scene-pley"),
+        (Selection(("table1",), (), ("dmfql",)), [], "nothing that was selected has dmfql"),
+        (Selection(("table4",), ("pen-human-v1",)), [], "nothing that was selected has pen-human-v1"),
+        (Selection(("table1",)), ["--num-target-samples", "1"], "has num_target_samples"),
+        (Selection(("table1",)), ["20000"], "'20000'"),
+        (Selection(("figure6",)), ["--delta", "0.2"], "figure6 varies --delta itself"),
+        (Selection(("table2",)), ["--num-updates", "15"], "give a multiple of 10"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(selection, flags, sentence):
+    with pytest.raises(common.Error, match=sentence):
+        expand(selection, flags)
+
+
+def test_where_a_run_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (cell,) = expand(Selection(("table4",), (TASK,)), ["--num-updates", "20", "--seeds", "1", "2"])
+    run, args = cell.run, json.loads(cell.run.args)
+
+    def write(name, tenths, **changes):
+        folder = tmp_path / "runs" / TASK / "mfql" / name
+        folder.mkdir(parents=True)
+        record = {"args": args | {"num_workers": 3, "track": True} | changes}
+        (folder / "args.json").write_text(json.dumps(record))
+        for step in range(2, 2 * tenths + 1, 2):
+            append_rows(folder / "eval.csv", [{"step": step, "seed": seed, "score": 0} for seed in (1, 2)])
+        return folder
+
+    assert state_of(run) == "new"
+    write("other-seeds", 10, seeds=[1])
+    write("other-task", 10, num_samples=3)
+    (write("broken", 0) / "args.json").write_text("{")
+    assert state_of(run) == "new"
+    write("begun", 3)
+    further = write("further", 7)
+    append_rows(further / "eval.csv", [{"step": 16, "seed": 1, "score": 0}])  # an evaluation that is not whole
+    assert state_of(run) == "cut off at 70 %" and reproduce.find_folder(run)[0].name == "further"
+    with filelock.FileLock(further / ".lock"):
+        assert state_of(run) == "running"
+    append_rows(further / "eval.csv", [{"step": 16, "seed": 2, "score": 0}])
+    for step in (18, 20):
+        append_rows(further / "eval.csv", [{"step": step, "seed": seed, "score": 0} for seed in (1, 2)])
+    assert state_of(run._replace(num_samples=())) == "finished"
+    assert state_of(run) == "cut off at 100 %"  # Table 4's evaluations are missing
+    for n in run.num_samples:
+        append_rows(
+            further / "num_samples.csv", [{"step": 20, "seed": s, "num_samples": n, "score": 0} for s in (1, 2)]
+        )
+    assert state_of(run) == "finished"
+
+
+def test_a_grid_is_interrupted_resumed_and_skipped(tmp_path):
+    """One of its two runs cannot be: that is told, and the other ends as it should. Its policies, played again, score
+    what they scored."""
+    record_episodes("pen", tmp_path / "pen.hdf5")
+    command = [sys.executable, ROOT / "reproduce.py", "table2", "--tasks", "door-expert-v1", "pen-expert-v1"]
+    command += ["--algos", "mfql", "--", "--dataset-path", "pen.hdf5", "--num-updates", 5000, "--eval-episodes", 2]
+    command += ["--hidden-dims", 16, 16, "--batch-size", 16, "--seeds", 5, 6, "--num-workers", 1]
+    start = lambda: subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+    process = start()
+    while not (evals := list(tmp_path.glob("runs/pen-expert-v1/mfql/*/eval.csv"))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped at update" in out, (out, err)
+    assert 2 <= len(rows_of(evals[0])) < 20
+    process = start()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err == "error: 1 of 2 runs failed: their logs are in runs/.jobs\n"
+    assert "cut off at" in out and "FAILED   mfql --env-name door-expert-v1" in out
+    assert "error: pen.hdf5 is not D4RL's door data" in out and "finished mfql --env-name pen-expert-v1" in out
+    (folder,) = tmp_path.glob("runs/pen-expert-v1/mfql/*")
+    assert len(rows_of(folder / "eval.csv")) == 20
+    command.insert(2, "--dry-run")
+    out, _ = start().communicate(timeout=60)
+    assert out.startswith("finished ") and "\nnew " in out and "1 of 2 runs to do" in out
+
+    last = [float(row["score"]) for row in rows_of(folder / "eval.csv")[-2:]]
+    evaluate.main(evaluate.Args(folder, num_samples=(1, 32)))  # 32: what the paper acts by on pen-expert
+    evaluate.main(evaluate.Args(folder, num_samples=(1, 32)))  # all of it is there: nothing is added
+    again = [(row["num_samples"], row["seed"], float(row["score"])) for row in rows_of(folder / "num_samples.csv")]
+    assert [row[:2] for row in again] == [("1", "5"), ("1", "6"), ("32", "5"), ("32", "6")]
+    np.testing.assert_array_equal([row[2] for row in again[2:]], last)
+    assert again[0][2] != last[0]
