@@ -5,6 +5,7 @@ Every algorithm's `main` uses `Run` in the same dozen lines.
 
 import collections
 import collections.abc
+import concurrent.futures
 import csv
 import dataclasses
 import errno
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
@@ -27,7 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from common import Environments, Error, evaluate, load_dataset, load_task, rendering_backend, resolve, slots_per_seed
+from common import (
+    Environments,
+    Error,
+    evaluate,
+    load_dataset,
+    load_task,
+    rendering_backend,
+    resolve,
+    seed_mesh,
+    slots_per_seed,
+)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
@@ -139,6 +151,11 @@ class Run:
         """Prepares a run of the algorithm in `file`: by `args`, each None replaced by the paper's value (see
         `resolve`), or, with `args.resume`, by the arguments of that run. Raises Error, before any training, if anything
         is impossible."""
+        if (
+            not jax.config.jax_compilation_cache_dir
+        ):  # a program that this machine has compiled before is read from there
+            cache = pathlib.Path("~/.cache/doal").expanduser() / platform.node()
+            jax.config.update("jax_compilation_cache_dir", str(cache))
         algo, record = pathlib.Path(file).stem, None
         if args.resume:
             record, stored = read_record(args.resume, algo, type(args))
@@ -159,7 +176,10 @@ class Run:
                 raise Error(f"cannot write to {self.folder.parent.absolute()} ({error.strerror}): start elsewhere")
         self.drawing = {"MUJOCO_GL": rendering_backend()} if args.capture_video else {}
         self.signals = {number: signal.signal(number, leave_before_training) for number in SIGNALS}
-        self.dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
+        dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
+        mesh, axes = seed_mesh(len(args.seeds)), jax.sharding.PartitionSpec
+        self.dataset = jax.device_put(dataset, jax.sharding.NamedSharding(mesh, axes()))  # each device has all data
+        self.seeds_apart = jax.sharding.NamedSharding(mesh, axes("seed") if mesh.size > 1 else axes())
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         versions = {name: installed.get(name) for name in PACKAGES}
         if not record:
@@ -176,7 +196,8 @@ class Run:
         self.interval = args.num_updates // 10  # updates between two evaluations
         self.chunk = max(size for size in range(1, 251) if self.interval % size == 0)  # updates in one call of `train`
         self.saved_step, self.saved_time = 0, time.monotonic()
-        self.evaluated, self.diverged = set(), set()  # steps, seeds
+        self.evaluated, self.diverged = set(), set()  # steps whose evaluation has begun, seeds
+        self.evaluation = None  # the one under way: its step, the time it began, the future of its scores
         self.stop = 0  # the signal that asked to stop
 
     def __enter__(self):
@@ -190,6 +211,7 @@ class Run:
         slots = slots_per_seed(len(self.args.seeds), self.args.eval_episodes)
         workers = self.args.num_workers or os.cpu_count()
         self.environments = Environments(self.task, slots * len(self.args.seeds), workers)
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.trackers = self.start_tracking() if self.args.track else []
         for number in SIGNALS:
             signal.signal(number, self.ask_to_stop)
@@ -199,7 +221,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        self.environments.close()
+        self.environments.close()  # which ends an evaluation, too
+        self.thread.shutdown()
         for number, handler in self.signals.items():
             signal.signal(number, handler)
         for tracker in self.trackers:
@@ -227,7 +250,7 @@ class Run:
         print(f"  folder  {self.folder}", flush=True)
 
     def restore(self, states):
-        """`states`, or the checkpoint's if there is one; the CSVs are cut back to its step.
+        """`states`, or the checkpoint's if there is one, on the seeds' devices; the CSVs are cut back to its step.
 
         Raises Error if the checkpoint is damaged or holds other networks.
         """
@@ -247,7 +270,7 @@ class Run:
         keep_rows(self.folder / "train.csv", lambda step: step <= self.step)
         keep_rows(self.folder / "eval.csv", lambda step: step in self.evaluated)
         keep_rows(self.folder / "episodes.csv", lambda step: step in self.evaluated)
-        return states
+        return jax.device_put(states, self.seeds_apart)
 
     @property
     def evaluation_due(self) -> bool:
@@ -271,47 +294,64 @@ class Run:
             if seed not in self.diverged and not np.isfinite(list(row.values())).all():
                 self.diverged.add(seed)
                 tell(f"seed {seed} diverged by update {self.step:,} ({row}): it scores nan from here on")
-        self.record_rows("train", rows)
+        self.record_rows("train", self.step, rows)
         self.bar.update(self.chunk)
         if len(self.diverged) == len(rows):
             raise Error(f"every seed diverged by update {self.step:,}: lower --learning-rate, and see {self.folder}")
 
-    def evaluate(self, act: collections.abc.Callable):
-        """Evaluates the policies `act(obs, keys)` and records each episode's score."""
-        begun, args = time.monotonic(), self.args
+    def evaluate(self, act: collections.abc.Callable, states):
+        """Begins to evaluate the policies `act(states, obs, keys)`: on the CPU, beside the training that goes on."""
+        cpu, args = jax.devices("cpu")[0], self.args
+        states = jax.device_put(jax.tree.map(np.array, states), cpu)  # a copy: the next update overwrites `states`
 
-        def act_unless_stopped(obs, keys):
-            self.leave_if_asked()  # nothing is lost: this step's checkpoint is written
-            return act(obs, keys)
+        def play_episodes():
+            with jax.default_device(cpu):
+                policies = functools.partial(act, states)
+                return evaluate(policies, self.environments, len(args.seeds), args.eval_episodes, args.eval_seed)
 
-        scores = evaluate(act_unless_stopped, self.environments, len(args.seeds), args.eval_episodes, args.eval_seed)
-        for i in range(args.eval_episodes):
-            self.record_rows("episodes", [{"episode": i, "score": score} for score in scores[:, i]])
-        means = scores.mean(axis=1)
-        self.record_rows("eval", [{"score": mean} for mean in means])  # last: it says that the evaluation is whole
         self.evaluated.add(self.step)
-        each = ", ".join(f"seed {seed} {mean:.1f}" for seed, mean in zip(args.seeds, means))
+        self.evaluation = self.step, time.monotonic(), self.thread.submit(play_episodes)
+
+    def record_evaluation(self, wait: bool):
+        """Records each episode's score if the evaluation under way has ended, or, with `wait`, when it has."""
+        if not self.evaluation:
+            return
+        step, begun, future = self.evaluation
+        while wait and not future.done():
+            self.leave_if_asked()
+            concurrent.futures.wait([future], timeout=0.1)
+        if not future.done():
+            return
+        scores, self.evaluation = future.result(), None
+        for i in range(self.args.eval_episodes):
+            self.record_rows("episodes", step, [{"episode": i, "score": score} for score in scores[:, i]])
+        means = scores.mean(axis=1)
+        self.record_rows(
+            "eval", step, [{"score": mean} for mean in means]
+        )  # last: it says that the evaluation is whole
+        each = ", ".join(f"seed {seed} {mean:.1f}" for seed, mean in zip(self.args.seeds, means))
         tell(
-            f"update {self.step:,}: {means.mean():.1f} {self.unit} ({each}; {args.eval_episodes} episodes each, "
+            f"update {step:,}: {means.mean():.1f} {self.unit} ({each}; {self.args.eval_episodes} episodes each, "
             f"{time.monotonic() - begun:.0f} s)"
         )
 
-    def record_rows(self, name: str, rows: list[dict[str, float]]):
+    def record_rows(self, name: str, step: int, rows: list[dict[str, float]]):
         """Appends a row per seed to <name>.csv, and sends it to Weights & Biases, but for single episodes."""
-        keys = [{"step": self.step, "seed": seed} for seed in self.args.seeds]
+        keys = [{"step": step, "seed": seed} for seed in self.args.seeds]
         text = [
             {column: value if column == "episode" else f"{value:.6g}" for column, value in row.items()} for row in rows
         ]
         append_rows(self.folder / f"{name}.csv", [key | row for key, row in zip(keys, text)])
         if name != "episodes":
             for tracker, row in zip(self.trackers, rows):
-                tracker.log({f"{name}/{column}": value for column, value in row.items()}, step=self.step)
+                tracker.log({"step": step} | {f"{name}/{column}": value for column, value in row.items()})
 
     def save(self, states):
         """Writes the checkpoint where one is due: before each evaluation, every ten minutes, and when Ctrl-C or SIGTERM
-        asked to stop; the last ends the program."""
+        asked to stop; the last ends the program. None is written while an evaluation is under way: it would be lost."""
+        self.record_evaluation(wait=self.evaluation_due or self.finished)
         due = self.evaluation_due or self.stop or time.monotonic() - self.saved_time > 600
-        if due and self.step > self.saved_step:
+        if due and not self.evaluation and self.step > self.saved_step:
             saved = {"step": self.step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
             content = flax.serialization.msgpack_serialize(saved)
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
@@ -328,7 +368,7 @@ class Run:
         """Ends the program if a signal asked for it."""
         if self.stop:
             self.bar.close()
-            tell(f"stopped at update {self.step:,}; go on by: python algos/{self.algo}.py --resume {self.folder}")
+            tell(f"stopped at update {self.saved_step:,}; go on by: python algos/{self.algo}.py --resume {self.folder}")
             sys.exit(128 + self.stop)
 
     def print_score(self):
@@ -358,7 +398,10 @@ class Run:
                 resume="allow",
                 reinit="create_new",
             )
-            return [start(name=f"{name} {s}", id=f"{self.folder.name}-{s}") for s in self.args.seeds]
+            trackers = [start(name=f"{name} {s}", id=f"{self.folder.name}-{s}") for s in self.args.seeds]
+            for tracker in trackers:
+                tracker.define_metric("*", step_metric="step")  # an evaluation's may be behind training's
+            return trackers
         except Exception as error:
             tell(f"warning: not tracked by Weights & Biases ({error}): log in, or set WANDB_MODE=offline")
             return []

@@ -217,8 +217,8 @@ def update(args, dataset, state, _):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def train(args, num_steps, dataset, states):
     """num_steps updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
-    updates = lambda state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_steps)
-    states, metrics = common.for_each_seed(updates, states)
+    updates = lambda dataset, state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_steps)
+    states, metrics = common.for_each_seed(updates, dataset, states)
     return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
 
 
@@ -237,7 +237,7 @@ def main(args):
         states = run.restore(jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32)))
         while not run.finished:
             if run.evaluation_due:
-                run.evaluate(functools.partial(act, args, states))
+                run.evaluate(functools.partial(act, args), states)
             else:
                 states, metrics = train(args, run.chunk, dataset, states)
                 run.log(metrics)
