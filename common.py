@@ -79,10 +79,9 @@ PAPER = {  # {task: {column: value}}
 }
 DATASETS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
 RANGES = {  # of every flag that an algorithm may have
-    **dict.fromkeys(
-        ("batch_size", "num_updates", "num_samples", "num_target_samples", "flow_steps", "policy_frequency"), (1, 10**8)
-    ),
-    **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes"), (1, 10**6)),
+    **dict.fromkeys(("batch_size", "num_updates", "policy_frequency"), (1, 10**8)),
+    **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes", "num_samples"), (1, 10**6)),
+    **dict.fromkeys(("num_target_samples", "flow_steps"), (1, 1000)),  # each makes the program longer, or much wider
     **dict.fromkeys(("alpha", "alpha_actor", "alpha_critic", "delta", "policy_noise", "noise_clip"), (0, 1e9)),
     **dict.fromkeys(("discount", "tau", "expectile", "learning_rate"), (0, 1)),
     "eval_seed": (0, 2**32 - 1),
@@ -157,8 +156,8 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
         value = getattr(args, flag, None)
         if value is not None and not low <= value <= high:  # a NaN is in no range
             raise Error(f"--{flag.replace('_', '-')} {value} is impossible: it lies in [{low}, {high}]")
-    if not args.hidden_dims or min(args.hidden_dims) < 1:
-        raise Error(f"--hidden-dims {args.hidden_dims} is impossible: give a positive width for each hidden layer")
+    if not args.hidden_dims or not 1 <= min(args.hidden_dims) <= max(args.hidden_dims) <= 2**16:
+        raise Error(f"--hidden-dims {args.hidden_dims} is impossible: give each hidden layer a width in [1, 2^16]")
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**32:
         raise Error(f"--seeds {args.seeds} is impossible: give one or more different numbers in [0, 2^32)")
     if args.num_updates % 10:
