@@ -10,6 +10,7 @@ Observations (float64), actions in [-1, 1] and the distributions of initial stat
 """
 
 import importlib.metadata
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -179,6 +180,9 @@ def _read(file: h5py.File, key: str, width: int | None) -> np.ndarray:
         shape = shape[:1]
     if not shape or shape[1:] != expected:
         raise ValueError(f'"{key}" has shape {dataset.shape}, expected {("N", *expected)}'.replace("'", ""))
+    size = math.prod(dataset.shape) * dataset.dtype.itemsize
+    if size > 100 * os.path.getsize(file.filename):  # far more than data compress
+        raise ValueError(f'"{key}" would unpack to {size / 1e9:,.1f} GB')
     with np.errstate(over="ignore"):
         values = dataset[()].reshape(shape).astype(np.float32)
     if not np.isfinite(values).all():
@@ -208,7 +212,7 @@ def load_transitions(path: str | os.PathLike, hand: str) -> dict[str, np.ndarray
             obs, action, reward, terminal, timeout = (_read(file, key, widths.get(key)) for key in keys)
     except ValueError as error:
         raise ValueError(f"{path} is not D4RL's {hand} data: {error}") from error
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged file can make HDF5 raise anything
         raise ValueError(f"{path} is not an HDF5 file, or it is cut short or damaged: {error}") from error
     lengths = [len(values) for values in (obs, action, reward, terminal, timeout)]
     if len(set(lengths)) > 1:

@@ -5,6 +5,7 @@ Nothing in here knows an algorithm.
 
 import collections
 import collections.abc
+import concurrent.futures.process
 import dataclasses
 import difflib
 import functools
@@ -22,8 +23,6 @@ import subprocess
 import sys
 import typing
 import urllib.request
-import zipfile
-import zlib
 
 os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes that draw nothing
 
@@ -80,10 +79,9 @@ PAPER = {  # {task: {column: value}}
 }
 DATASETS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
 RANGES = {  # of every flag that an algorithm may have
-    **dict.fromkeys(
-        ("batch_size", "num_updates", "num_samples", "num_target_samples", "flow_steps", "policy_frequency"), (1, 10**8)
-    ),
-    **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes"), (1, 10**6)),
+    **dict.fromkeys(("batch_size", "num_updates", "policy_frequency"), (1, 10**8)),
+    **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes", "num_samples"), (1, 10**6)),
+    **dict.fromkeys(("num_target_samples", "flow_steps"), (1, 1000)),  # each makes the program longer, or much wider
     **dict.fromkeys(("alpha", "alpha_actor", "alpha_critic", "delta", "policy_noise", "noise_clip"), (0, 1e9)),
     **dict.fromkeys(("discount", "tau", "expectile", "learning_rate"), (0, 1)),
     "eval_seed": (0, 2**32 - 1),
@@ -158,15 +156,15 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
         value = getattr(args, flag, None)
         if value is not None and not low <= value <= high:  # a NaN is in no range
             raise Error(f"--{flag.replace('_', '-')} {value} is impossible: it lies in [{low}, {high}]")
-    if not args.hidden_dims or min(args.hidden_dims) < 1:
-        raise Error(f"--hidden-dims {args.hidden_dims} is impossible: give a positive width for each hidden layer")
+    if not args.hidden_dims or not 1 <= min(args.hidden_dims) <= max(args.hidden_dims) <= 2**16:
+        raise Error(f"--hidden-dims {args.hidden_dims} is impossible: give each hidden layer a width in [1, 2^16]")
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**32:
         raise Error(f"--seeds {args.seeds} is impossible: give one or more different numbers in [0, 2^32)")
     if args.num_updates % 10:
         raise Error(
             f"--num-updates {args.num_updates} is impossible: each tenth is evaluated, so give a multiple of 10"
         )
-    if args.dataset_path and args.generate_episodes:
+    if args.dataset_path is not None and args.generate_episodes:
         raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")
     return args
 
@@ -194,11 +192,12 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     transitions.
 
     It is read from `dataset_path`; or made of `generate_episodes` episodes, generated once and kept; or the published
-    one, downloaded once and kept. Raises Error if it cannot be had, is damaged or is another task's.
+    one, downloaded once and kept. The first load leaves the file's sha256 beside it, in <file>.sha256, and later ones
+    compare: HDF5 has no checksums of its own. Raises Error if it cannot be had, is damaged or is another task's.
     """
     folder = pathlib.Path("~/.d4rl/datasets" if task.adroit else "~/.ogbench/data").expanduser()
-    if dataset_path:
-        source, path, make = "given", pathlib.Path(dataset_path).expanduser(), None
+    if dataset_path is not None:
+        source, path, make = "given", pathlib.Path(os.path.expanduser(dataset_path)), None
     elif generate_episodes:
         if not generate.can_generate(task.dataset):
             raise Error(f"{task.dataset} cannot be generated (only the play sets of cube, scene and puzzle can): "
@@ -209,17 +208,40 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
         base = adroit.DATASET_URL if task.adroit else importlib.import_module("ogbench.utils").DATASET_URL
         source, path = "published", folder / (task.dataset + (".hdf5" if task.adroit else ".npz"))
         make = lambda: download(f"{base}/{path.name}", path)
+    record, lock = path.with_name(f"{path.name}.sha256"), path.with_name(f"{path.name}.lock")
     if make and not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{path}.lock"):  # of several first runs, one makes the file and the others wait
+            with filelock.FileLock(lock):  # of several first runs, one makes the file and the others wait
                 if not path.exists():
+                    record.unlink(missing_ok=True)  # of a file that was deleted
                     make()
+            lock.unlink(missing_ok=True)  # whoever still waits for it finds the file made
         except OSError as error:
-            raise Error(f"cannot write {path} ({error.strerror}): make room there, or give a file by --dataset-path")
+            raise Error(f"cannot write {path} ({error.strerror or error}): "
+                        f"make room there, or give a file by --dataset-path")  # fmt: skip
+        except concurrent.futures.process.BrokenProcessPool:
+            raise Error(f"cannot generate {path}: a process died, perhaps of too little memory: start again")
+    if not os.path.isfile(path):
+        raise Error(f"there is no dataset at {path}: name a file that exists by --dataset-path")
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        recorded = record.read_bytes() if record.exists() else b""
+    except OSError as error:
+        raise Error(f"cannot read {error.filename} ({error.strerror}): mend that, or name another file")
+    if not recorded.endswith(b"\n"):  # none, or cut short
+        recorded = b""
+    if recorded and recorded[:64] != sha256.encode():
+        raise Error(f"{path} is damaged: its sha256 is not the one of its first load, in {record.name}: "
+                    f"restore the file, or, if you changed it, delete {record}")  # fmt: skip
     dataset = load_adroit(task, path) if task.adroit else load_ogbench(task, path)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if not recorded:
+        try:
+            record.write_bytes(os.fsencode(f"{sha256}  {path.name}\n"))  # what `sha256sum --check` reads
+        except OSError as error:
+            print(f"warning: later damage to {path} may go unnoticed: cannot write {record.name} ({error.strerror})",
+                  file=sys.stderr)  # fmt: skip
     about = {"path": str(path), "source": source, "sha256": sha256, "transitions": len(dataset.obs)}
     return jax.tree.map(jnp.asarray, dataset), about
 
@@ -264,20 +286,23 @@ def load_ogbench(task: Task, path: pathlib.Path) -> Dataset:
         expected |= {"button_states": env.unwrapped._cur_button_states.size}
     try:
         with np.load(path, allow_pickle=False) as file:
+            size = sum(member.file_size for member in file.zip.infolist())  # what zipfile reads at most
+            if size > 100 * path.stat().st_size:  # generated ones unpack to 1.5 times theirs
+                raise ValueError(f"it would unpack to {size / 1e9:,.1f} GB")
             raw = {key: file[key] for key in expected}
-    except FileNotFoundError:
-        raise Error(f"there is no dataset at {path}: name a file that exists by --dataset-path")
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged file can make its readers raise anything
         raise Error(
             f"{path} is damaged, or no dataset of {task.name} ({error}): delete it, and it is made or downloaded anew"
         )
-    steps = len(raw["terminals"])
+    steps = raw["terminals"].size
     for key, width in expected.items():
         shape = (steps,) if width is None else (steps, width)
         if raw[key].shape != shape or raw[key].dtype.kind not in "fbiu":
             raise Error(f"{path} is no dataset of {task.name}: its {key} are {raw[key].dtype}{list(raw[key].shape)}, "
                         f"not numbers of shape {list(shape)}; delete it or name another file")  # fmt: skip
-        if not np.isfinite(raw[key]).all():
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(raw[key].astype(np.float32, copy=False)).all()
+        if not finite:
             raise Error(f"{path} is damaged: its {key} hold NaN or infinity; delete it or name another file")
     if not steps or not raw["terminals"][-1] or raw["terminals"].all():
         raise Error(f"{path} is damaged: its last episode does not end, or none has a transition; delete it")

@@ -17,9 +17,11 @@ import json
 import os
 import pathlib
 import platform
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import filelock
@@ -43,6 +45,10 @@ from common import (
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
+CHECKPOINT_VERSION = 1  # rises with every change of what a checkpoint holds
+ELSEWHERE = {"env_name", "dataset_path", "generate_episodes", "num_workers", "resume"}  # flags that are no values
+ELSEWHERE |= {"track", "wandb_project_name", "capture_video"}
+TRACKING_PATIENCE = 60  # seconds for Weights & Biases to take the rest when a run ends
 
 
 def write_file(path: pathlib.Path, content: bytes):
@@ -59,17 +65,22 @@ def write_file(path: pathlib.Path, content: bytes):
         raise Error(f"cannot write {path} ({error.strerror}): mend that, and resume the run")
 
 
+def to_csv(rows: list[dict], header: bool) -> str:
+    """The text of rows with the same columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def append_rows(path: pathlib.Path, rows: list[dict]):
     """Appends rows to a CSV in one write, the first ones with a header. Raises Error if there is no room or no right
     to."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    if not path.exists():
-        writer.writeheader()
-    writer.writerows(rows)
     try:
         with open(path, "a") as file:
-            file.write(text.getvalue())
+            file.write(to_csv(rows, header=file.tell() == 0))
     except OSError as error:
         raise Error(f"cannot write {path} ({error.strerror}): mend that, and resume the run")
 
@@ -84,11 +95,8 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
 def keep_rows(path: pathlib.Path, keep: collections.abc.Callable[[int], bool]):
     """Leaves those rows of a CSV whose step `keep` accepts."""
     rows = [row for row in read_rows(path) if keep(int(row["step"]))]
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
     if rows:
-        append_rows(temporary, rows)
-        temporary.replace(path)
+        write_file(path, to_csv(rows, header=True).encode())
     else:
         path.unlink(missing_ok=True)
 
@@ -134,7 +142,7 @@ def tell(text: str):
 
 def leave_before_training(number, frame):
     """Handles Ctrl-C and SIGTERM as long as there is nothing to save."""
-    print("stopped before the first update: there is nothing to resume", file=sys.stderr)
+    print("stopped before training began: give the same command again", file=sys.stderr)
     sys.exit(128 + number)
 
 
@@ -157,7 +165,7 @@ class Run:
             cache = pathlib.Path("~/.cache/doal").expanduser() / platform.node()
             jax.config.update("jax_compilation_cache_dir", str(cache))
         algo, record = pathlib.Path(file).stem, None
-        if args.resume:
+        if args.resume is not None:
             record, stored = read_record(args.resume, algo, type(args))
             if args != dataclasses.replace(type(args)(), resume=args.resume):
                 raise Error(f"--resume takes all other flags from {args.resume}/args.json: give it alone")
@@ -165,6 +173,8 @@ class Run:
         self.algo, self.task = algo, load_task(args.env_name)
         self.unit = "normalized return" if self.task.adroit else "% success"
         self.args = args = resolve(args, self.task, columns)
+        values = {name: value for name, value in vars(args).items() if name not in ELSEWHERE and value is not None}
+        self.values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         if not record:
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             self.folder = pathlib.Path("runs", args.env_name, algo, name)
@@ -185,7 +195,10 @@ class Run:
         if not record:
             record = {"algo": algo, "args": dataclasses.asdict(args), "data": data, "commit": git_commit()}
             record |= {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "versions": versions}
-            self.folder.mkdir()
+            try:
+                self.folder.mkdir()
+            except OSError as error:
+                raise Error(f"cannot write {self.folder} ({error.strerror}): make room there, or start elsewhere")
             write_file(self.folder / "args.json", json.dumps(record, indent=2).encode())
         if record["data"]["sha256"] != data["sha256"]:
             raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
@@ -197,7 +210,7 @@ class Run:
         self.chunk = max(size for size in range(1, 251) if self.interval % size == 0)  # updates in one call of `train`
         self.saved_step, self.saved_time = 0, time.monotonic()
         self.evaluated, self.diverged = set(), set()  # steps whose evaluation has begun, seeds
-        self.evaluation = None  # the one under way: its step, the time it began, the future of its scores
+        self.evaluation = None  # the one under way: step, time it began, seeds diverged by then, future of its scores
         self.stop = 0  # the signal that asked to stop
 
     def __enter__(self):
@@ -212,7 +225,10 @@ class Run:
         workers = self.args.num_workers or os.cpu_count()
         self.environments = Environments(self.task, slots * len(self.args.seeds), workers)
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.trackers = self.start_tracking() if self.args.track else []
+        self.tracked = queue.SimpleQueue()  # a row per seed, again and again, and at last the exit code
+        self.tracking = threading.Thread(target=self.track, daemon=True)
+        if self.args.track:
+            self.tracking.start()
         for number in SIGNALS:
             signal.signal(number, self.ask_to_stop)
         calm = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: few in a log file
@@ -225,9 +241,14 @@ class Run:
         self.thread.shutdown()
         for number, handler in self.signals.items():
             signal.signal(number, handler)
-        for tracker in self.trackers:
-            tracker.finish(exit_code=int(kind is not None))
+        self.tracked.put(int(kind is not None))
+        if self.tracking.is_alive():
+            self.tracking.join(TRACKING_PATIENCE)
+            if self.tracking.is_alive():
+                tell(f"warning: Weights & Biases did not take all: wandb sync {self.folder}/wandb/* sends the rest")
         self.lock.release()
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise Error(f"too little memory ({error}): give fewer --seeds, or smaller --batch-size or --hidden-dims")
         if kind is None:
             self.print_score()
         if kind is None and self.args.capture_video:  # in a process of its own: MuJoCo reads MUJOCO_GL when imported
@@ -239,11 +260,9 @@ class Run:
     def print_banner(self):
         """Says what is about to run: task, data, values, device, folder."""
         data, versions = self.record["data"], self.record["versions"]
-        elsewhere = ("env_name", "dataset_path", "generate_episodes", "resume", "track", "wandb_project_name")
-        values = {name: v for name, v in vars(self.args).items() if name not in elsewhere and v is not None}
-        values = [f"{name} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in values.items()]
+        values = [f"{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in self.values.items()]
         print(f"{self.algo} on {self.task.name}, scored by {self.unit} in {self.task.env_id}")
-        print(f"  data    {data['path']}")
+        print(f"  data    {os.fsencode(data['path']).decode(errors='replace')}")  # a name can be of any bytes
         print(f"          {data['source']}, {data['transitions']:,} transitions, sha256 {data['sha256'][:16]}")
         print(f"  values  {', '.join(values)}")
         print(f"  device  {self.record['device']}; {', '.join(f'{name} {v}' for name, v in versions.items())}")
@@ -252,25 +271,36 @@ class Run:
     def restore(self, states):
         """`states`, or the checkpoint's if there is one, on the seeds' devices; the CSVs are cut back to its step.
 
-        Raises Error if the checkpoint is damaged or holds other networks.
+        Raises Error if the checkpoint is damaged or another run's.
         """
         path = self.folder / "checkpoint.msgpack"
         if path.exists():
-            saved = read_checkpoint(path)
             try:
+                saved = read_checkpoint(path)
+                theirs = saved.get("run", {})
+                for name, value in self.identity.items():
+                    if theirs.get(name) != value:
+                        raise ValueError(f"its {name} is {theirs.get(name)}, this run's {value}")
                 restored = jax.tree.map(jnp.asarray, flax.serialization.from_state_dict(states, saved["states"]))
                 if jax.tree.map(jnp.shape, restored) != jax.tree.map(jnp.shape, states):
                     raise ValueError("its arrays have other shapes")
                 states = restored
-            except ValueError as error:
-                raise Error(f"{path} holds other networks ({error}): resume it with the code that wrote it")
+            except Exception as error:  # there is no telling what a file from elsewhere holds
+                raise Error(f"{path} is of another run ({error}): resume each with its own checkpoint and code")
             self.step = self.saved_step = self.bar.n = self.bar.initial = saved["step"]
+        rows = read_rows(self.folder / "train.csv")
+        self.diverged = {int(row["seed"]) for row in rows if row.get("diverged") == "1" and int(row["step"]) <= self.step}
         rows = collections.Counter(int(row["step"]) for row in read_rows(self.folder / "eval.csv"))
         self.evaluated = {step for step in rows if rows[step] == len(self.args.seeds) and step <= self.step}
         keep_rows(self.folder / "train.csv", lambda step: step <= self.step)
         keep_rows(self.folder / "eval.csv", lambda step: step in self.evaluated)
         keep_rows(self.folder / "episodes.csv", lambda step: step in self.evaluated)
         return jax.device_put(states, self.seeds_apart)
+
+    @property
+    def identity(self) -> dict:
+        """What a checkpoint must share with a run to be its own."""
+        return {"version": CHECKPOINT_VERSION, "algorithm": self.algo, "task": self.task.name} | self.values
 
     @property
     def evaluation_due(self) -> bool:
@@ -294,7 +324,7 @@ class Run:
             if seed not in self.diverged and not np.isfinite(list(row.values())).all():
                 self.diverged.add(seed)
                 tell(f"seed {seed} diverged by update {self.step:,} ({row}): it scores nan from here on")
-        self.record_rows("train", self.step, rows)
+        self.record_rows("train", self.step, rows, self.diverged)
         self.bar.update(self.chunk)
         if len(self.diverged) == len(rows):
             raise Error(f"every seed diverged by update {self.step:,}: lower --learning-rate, and see {self.folder}")
@@ -310,41 +340,42 @@ class Run:
                 return evaluate(policies, self.environments, len(args.seeds), args.eval_episodes, args.eval_seed)
 
         self.evaluated.add(self.step)
-        self.evaluation = self.step, time.monotonic(), self.thread.submit(play_episodes)
+        self.evaluation = self.step, time.monotonic(), set(self.diverged), self.thread.submit(play_episodes)
 
     def record_evaluation(self, wait: bool):
         """Records each episode's score if the evaluation under way has ended, or, with `wait`, when it has."""
         if not self.evaluation:
             return
-        step, begun, future = self.evaluation
+        step, begun, diverged, future = self.evaluation
         while wait and not future.done():
             self.leave_if_asked()
             concurrent.futures.wait([future], timeout=0.1)
         if not future.done():
             return
         scores, self.evaluation = future.result(), None
+        scores[[seed in diverged for seed in self.args.seeds]] = np.nan
         for i in range(self.args.eval_episodes):
-            self.record_rows("episodes", step, [{"episode": i, "score": score} for score in scores[:, i]])
+            self.record_rows("episodes", step, [{"episode": i, "score": score} for score in scores[:, i]], diverged)
         means = scores.mean(axis=1)
-        self.record_rows(
-            "eval", step, [{"score": mean} for mean in means]
-        )  # last: it says that the evaluation is whole
+        rows = [{"score": mean} for mean in means]
+        self.record_rows("eval", step, rows, diverged)  # last: it says that the evaluation is whole
         each = ", ".join(f"seed {seed} {mean:.1f}" for seed, mean in zip(self.args.seeds, means))
         tell(
             f"update {step:,}: {means.mean():.1f} {self.unit} ({each}; {self.args.eval_episodes} episodes each, "
             f"{time.monotonic() - begun:.0f} s)"
         )
 
-    def record_rows(self, name: str, step: int, rows: list[dict[str, float]]):
-        """Appends a row per seed to <name>.csv, and sends it to Weights & Biases, but for single episodes."""
-        keys = [{"step": step, "seed": seed} for seed in self.args.seeds]
+    def record_rows(self, name: str, step: int, rows: list[dict[str, float]], diverged: set[int]):
+        """Appends a row per seed to <name>.csv, marked if it has diverged, and sends it to Weights & Biases, but for
+        single episodes."""
+        keys = [{"step": step, "seed": seed, "diverged": int(seed in diverged)} for seed in self.args.seeds]
         text = [
             {column: value if column == "episode" else f"{value:.6g}" for column, value in row.items()} for row in rows
         ]
         append_rows(self.folder / f"{name}.csv", [key | row for key, row in zip(keys, text)])
         if name != "episodes":
-            for tracker, row in zip(self.trackers, rows):
-                tracker.log({"step": step} | {f"{name}/{column}": value for column, value in row.items()})
+            names = {column: f"{name}/{column}" for column in rows[0]}
+            self.tracked.put([{"step": step} | {names[column]: v for column, v in row.items()} for row in rows])
 
     def save(self, states):
         """Writes the checkpoint where one is due: before each evaluation, every ten minutes, and when Ctrl-C or SIGTERM
@@ -352,7 +383,8 @@ class Run:
         self.record_evaluation(wait=self.evaluation_due or self.finished)
         due = self.evaluation_due or self.stop or time.monotonic() - self.saved_time > 600
         if due and not self.evaluation and self.step > self.saved_step:
-            saved = {"step": self.step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
+            states = flax.serialization.to_state_dict(jax.device_get(states))
+            saved = {"run": self.identity, "step": self.step, "states": states}
             content = flax.serialization.msgpack_serialize(saved)
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
             self.saved_step, self.saved_time = self.step, time.monotonic()
@@ -381,10 +413,15 @@ class Run:
         steps = ", ".join(f"{step:,}" for step in sorted({int(row["step"]) for row in rows}))
         print(f"score: {np.mean(scores):.1f} +- {np.std(scores):.1f} {self.unit}")
         print(f"  mean +- std over {len(seeds)} seed(s), each scored by the mean of its evaluations at {steps} updates")
+        if self.diverged:
+            print(f"  diverged, and so nan: seed {', '.join(map(str, sorted(self.diverged)))}")
         print(f"  every number is in {self.folder}", flush=True)
 
-    def start_tracking(self) -> list:
-        """A Weights & Biases run per seed; none, and a warning, if that cannot be had."""
+    def track(self):
+        """Sends what `tracked` brings to Weights & Biases, a run per seed, until the exit code comes.
+
+        In a thread of its own: a host that is slow, down or fails in mid-run costs a warning and no update.
+        """
         name = f"{self.algo} {self.task.name} {self.folder.name}"
         try:
             import wandb
@@ -401,7 +438,10 @@ class Run:
             trackers = [start(name=f"{name} {s}", id=f"{self.folder.name}-{s}") for s in self.args.seeds]
             for tracker in trackers:
                 tracker.define_metric("*", step_metric="step")  # an evaluation's may be behind training's
-            return trackers
+            while isinstance(rows := self.tracked.get(), list):
+                for tracker, row in zip(trackers, rows):
+                    tracker.log(row)
+            for tracker in trackers:
+                tracker.finish(exit_code=rows)
         except Exception as error:
-            tell(f"warning: not tracked by Weights & Biases ({error}): log in, or set WANDB_MODE=offline")
-            return []
+            tell(f"warning: not tracked by Weights & Biases from here on ({error}): log in, or set WANDB_MODE=offline")

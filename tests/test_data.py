@@ -8,13 +8,22 @@ import shutil
 import threading
 import zipfile
 
+import h5py
 import numpy as np
 import ogbench
 import pytest
-from conftest import EPISODES, TASK
+from conftest import EPISODES, TASK, assert_same
 
 import common
 import generate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_environment():
+    """Each load makes an environment, which takes more than a second: here all share one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "make_env", functools.cache(common.make_env))
+        yield
 
 
 def load(path, task=TASK):
@@ -64,56 +73,129 @@ def test_masks_end_where_the_task_is_solved(data_path, tmp_path):
     np.testing.assert_array_equal(np.flatnonzero(dataset.reward == 0), [5])
 
 
+def rewrite(path, **changes):
+    """Writes an .npz file anew with some of its arrays changed, or left out where None."""
+    arrays = dict(np.load(path)) | changes
+    np.savez_compressed(path, **{key: values for key, values in arrays.items() if values is not None})
+
+
+def write_member(path, header, size):
+    """Writes an .npz file whose observations declare what `header` says and are `size` zeros."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("observations.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False} | header)
+        for _ in range(0, size, 10**6):
+            file.write(bytes(10**6))
+
+
 def damage(path, how):
     raw = dict(np.load(path))
+    steps = len(raw["terminals"])
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])
     elif how == "bit flipped":
-        content = bytearray(path.read_bytes())
-        with zipfile.ZipFile(path) as archive:
-            content[archive.getinfo("actions.npy").header_offset + 5000] ^= 1
-        path.write_bytes(content)
+        flip(path, zipfile.ZipFile(path).getinfo("actions.npy").header_offset + 5000)
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "no archive":
         path.write_text("<html>404</html>")
+    elif how == "a lone array":
+        with open(path, "wb") as file:
+            np.save(file, raw["actions"])
     elif how == "key missing":
-        np.savez(path, **{key: raw[key] for key in raw if key != "qpos"})
+        rewrite(path, qpos=None)
     elif how == "NaN":
         raw["observations"][7, 3] = np.nan
-        np.savez(path, **raw)
+        rewrite(path, observations=raw["observations"])
+    elif how == "infinite as float32":
+        rewrite(path, actions=raw["actions"].astype(np.float64) + 1e300)
     elif how == "pickled":
-        np.savez(path, **(raw | {"actions": np.array([{}] * len(raw["actions"]), object)}))
+        rewrite(path, actions=np.array([{}] * steps, object))
     elif how == "wrong length":
-        np.savez(path, **(raw | {"actions": raw["actions"][:-1]}))
+        rewrite(path, actions=raw["actions"][:-1])
+    elif how == "wrong width":
+        rewrite(path, qpos=raw["qpos"][:, :-1])
+    elif how == "no dimension":
+        rewrite(path, terminals=np.array(True))
     elif how == "no end":
-        np.savez(path, **(raw | {"terminals": np.zeros(len(raw["terminals"]), bool)}))
+        rewrite(path, terminals=np.zeros(steps, bool))
     elif how == "strings":
-        np.savez(path, **(raw | {"terminals": raw["terminals"].astype(str)}))
+        rewrite(path, terminals=raw["terminals"].astype(str))
+    elif how == "complex":
+        rewrite(path, actions=raw["actions"].astype(complex))
+    elif how == "a bomb":
+        write_member(path, {"shape": (2 * 10**7,)}, 8 * 10**7)
+    elif how == "more declared than there is":
+        write_member(path, {"shape": (10**14,)}, 10**6)
 
 
 HOWS = [
-    "truncated",
-    "bit flipped",
-    "empty",
-    "no archive",
-    "key missing",
-    "NaN",
-    "pickled",
-    "wrong length",
-    "no end",
-    "strings",
+    *("truncated", "bit flipped", "empty", "no archive", "a lone array", "key missing", "NaN", "infinite as float32"),
+    *("pickled", "wrong length", "wrong width", "no dimension", "no end", "strings", "complex", "a bomb"),
+    "more declared than there is",
 ]
 
 
 @pytest.mark.parametrize("how", HOWS)
 def test_a_damaged_file_is_named_and_never_trained_on(how, data_path, tmp_path):
+    """Also at its first load, when there is no sha256 to compare with."""
     path = tmp_path / "data.npz"
     shutil.copy(data_path, path)
-    load(path)
     damage(path, how)
-    with pytest.raises(common.Error, match=str(path)):
+    sentence = "would unpack to 0.1 GB" if how == "a bomb" else ""
+    with pytest.raises(common.Error, match=f"{path} is .*{sentence}"):
         load(path)
+    assert not list(tmp_path.glob("*.sha256"))  # what was refused is not recorded
+
+
+def flip(path, position, bit=0):
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def write_pen(path):
+    """A small file as d4rl's are, of random numbers: two episodes of the pen."""
+    rng, shapes = np.random.default_rng(0), {"observations": (200, 45), "actions": (200, 24), "rewards": (200,)}
+    with h5py.File(path, "w") as file:
+        for key, shape in shapes.items():
+            file.create_dataset(key, data=rng.standard_normal(shape, np.float32), compression="gzip")
+        for key in ("terminals", "timeouts"):
+            file.create_dataset(key, data=np.arange(200) % 100 == 99 if key == "timeouts" else np.zeros(200, bool))
+
+
+@pytest.mark.parametrize("kind", ["npz", "hdf5"])
+def test_no_flipped_bit_goes_unnoticed_after_the_first_load(kind, data_path, tmp_path):
+    """HDF5 has no checksums: the sha256 that the first load left beside the file decides."""
+    path, task = tmp_path / f"data.{kind}", TASK if kind == "npz" else "pen-human-v1"
+    shutil.copy(data_path, path) if kind == "npz" else write_pen(path)
+    first, about = load(path, task)
+    assert path.with_name(f"{path.name}.sha256").read_text() == f"{about['sha256']}  {path.name}\n"
+    rng, size = np.random.default_rng(0), path.stat().st_size
+    for position, bit in zip(rng.integers(size, size=20), rng.integers(8, size=20)):
+        flip(path, position, bit)
+        with pytest.raises(common.Error, match=f"{path} is damaged: its sha256 is not the one of its first load"):
+            load(path, task)
+        flip(path, position, bit)
+    assert_same(load(path, task)[0], first)
+
+
+def test_a_sha256_cut_short_is_written_again(data_path, tmp_path):
+    path, record = tmp_path / "data.npz", tmp_path / "data.npz.sha256"
+    shutil.copy(data_path, path)
+    load(path)
+    whole = record.read_text()
+    record.write_text(whole[:20])
+    load(path)
+    assert record.read_text() == whole
+
+
+def test_an_hdf5_bomb_is_refused(tmp_path):
+    path = tmp_path / "data.hdf5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("observations", (10**12, 45), np.float32, chunks=(1000, 45))  # of zeros that nobody wrote
+    with pytest.raises(common.Error, match=f"{path} is not D4RL's pen data: .*would unpack to 180,000.0 GB"):
+        load(path, "pen-human-v1")
 
 
 def test_another_tasks_file_is_refused(data_path):
@@ -215,10 +297,8 @@ def test_two_first_runs_generate_once(empty_home):
     first, second = load_twice_at_once("", common.load_task(TASK), None, 1)
     assert first == second and first["source"] == "generated" and first["transitions"] == 1000
     left = sorted(path.name for path in (empty_home / ".ogbench/data").iterdir())
-    assert [name for name in left if not name.endswith(".lock")] == [
-        f"{TASK}-v0-generated1-val.npz",
-        f"{TASK}-v0-generated1.npz",
-    ]
+    name = f"{TASK}-v0-generated1"
+    assert left == [f"{name}-val.npz", f"{name}.npz", f"{name}.npz.sha256"]
 
 
 class Server:

@@ -1,14 +1,18 @@
 """A run from the command line: what it prints and writes, how it stops and goes on, and what it refuses."""
 
 import csv
+import functools
+import hashlib
 import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import flax.serialization
 import h5py
@@ -108,30 +112,61 @@ def test_a_signal_saves_and_says_how_to_go_on(number, whole, tmp_path):
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
 
 
-def test_resume_refuses_what_is_not_its_own(whole, tmp_path):
+def resume(name, *flags):
+    """`python algos/<name>.py --resume flags`, in this process."""
+    algo = load_algo(name)
+    algo.main(algo.tyro.cli(algo.Args, args=["--resume", *map(str, flags)]))
+
+
+def test_resume_refuses_what_is_not_its_own(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "load_dataset", functools.cache(run.load_dataset))
+    monkeypatch.setattr(run, "Environments", lambda *_: types.SimpleNamespace(close=lambda: None))
     folder, _ = whole
-    copy = lambda name: subprocess.run(["cp", "-r", folder, tmp_path / name], check=True) and tmp_path / name
-    cases = [
-        ("mfql", [folder], "is a run of dmfql: resume it by algos/dmfql.py"),
-        ("dmfql", [folder, "--seeds", 3], "takes all other flags from"),
-        ("dmfql", [tmp_path], "is no run's folder"),
-    ]
-    damaged = copy("damaged") / "checkpoint.msgpack"
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
-    cases.append(("dmfql", [damaged.parent], f"{damaged} is damaged"))
-    other = copy("other") / "args.json"
-    other.write_text(other.read_text().replace('"sha256": "', '"sha256": "0'))
-    cases.append(("dmfql", [other.parent], "its sha256 differs"))
-    shapes = copy("shapes") / "args.json"
-    record = json.loads(shapes.read_text())
-    record["args"]["hidden_dims"] = [16, 17]
-    shapes.write_text(json.dumps(record))
-    cases.append(("dmfql", [shapes.parent], "holds other networks"))
-    for name, flags, sentence in cases:
-        code, out, err = run_cli(name, "--resume", *flags, cwd=tmp_path)
-        assert (code, "Traceback" in err) == (1, False) and sentence in err, (out, err)
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    checkpoint, args = changed / "checkpoint.msgpack", changed / "args.json"
+    record = json.loads(args.read_text())
+    saved = checkpoint_of(folder)
+
+    def write(states=None, **identity):
+        content = flax.serialization.msgpack_serialize(
+            saved | {"run": saved["run"] | identity, "states": states or saved["states"]}
+        )
+        checkpoint.write_bytes(hashlib.sha256(content).digest() + content)
+
+    for flags, name, sentence in (
+        ([folder], "mfql", "is a run of dmfql: resume it by algos/dmfql.py"),
+        ([folder, "--seeds", 3], "dmfql", "takes all other flags from"),
+        ([tmp_path], "dmfql", "is no run's folder"),
+        ([""], "dmfql", "is no run's folder"),
+    ):
+        with pytest.raises(common.Error, match=sentence):
+            resume(name, *flags)
+    for change, sentence in (
+        ({"algorithm": "mfql"}, "its algorithm is mfql, this run's dmfql"),
+        ({"task": "scene-play"}, "its task is scene-play, this run's cube-single-play"),
+        ({"hidden_dims": [16, 17]}, r"its hidden_dims is \[16, 17\], this run's \[16, 16\]"),
+        ({"seeds": [5, 7]}, r"its seeds is \[5, 7\], this run's \[5, 6\]"),
+        ({"version": 0}, "its version is 0, this run's 1"),
+        ({"states": {"0": 1}}, "is of another run"),
+    ):
+        write(**change)
+        with pytest.raises(common.Error, match=f"{checkpoint} is of another run .*{sentence}|{checkpoint} {sentence}"):
+            resume("dmfql", changed)
+    rng = np.random.default_rng(0)
+    content = (folder / "checkpoint.msgpack").read_bytes()
+    for position, bit in zip(rng.integers(len(content), size=8), rng.integers(8, size=8)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << bit
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(common.Error, match=f"{checkpoint} is damaged"):
+            resume("dmfql", changed)
+    shutil.copy(folder / "checkpoint.msgpack", checkpoint)
+    record["data"]["sha256"] = "0" * 64
+    args.write_text(json.dumps(record))
+    with pytest.raises(common.Error, match="its sha256 differs"):
+        resume("dmfql", changed)
 
 
 def test_two_processes_cannot_train_one_run(whole):
