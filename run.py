@@ -159,9 +159,7 @@ class Run:
         """Prepares a run of the algorithm in `file`: by `args`, each None replaced by the paper's value (see
         `resolve`), or, with `args.resume`, by the arguments of that run. Raises Error, before any training, if anything
         is impossible."""
-        if (
-            not jax.config.jax_compilation_cache_dir
-        ):  # a program that this machine has compiled before is read from there
+        if not jax.config.jax_compilation_cache_dir:  # what this machine compiles is kept
             cache = pathlib.Path("~/.cache/doal").expanduser() / platform.node()
             jax.config.update("jax_compilation_cache_dir", str(cache))
         algo, record = pathlib.Path(file).stem, None
@@ -289,7 +287,9 @@ class Run:
                 raise Error(f"{path} is of another run ({error}): resume each with its own checkpoint and code")
             self.step = self.saved_step = self.bar.n = self.bar.initial = saved["step"]
         rows = read_rows(self.folder / "train.csv")
-        self.diverged = {int(row["seed"]) for row in rows if row.get("diverged") == "1" and int(row["step"]) <= self.step}
+        self.diverged = {
+            int(row["seed"]) for row in rows if row.get("diverged") == "1" and int(row["step"]) <= self.step
+        }
         rows = collections.Counter(int(row["step"]) for row in read_rows(self.folder / "eval.csv"))
         self.evaluated = {step for step in rows if rows[step] == len(self.args.seeds) and step <= self.step}
         keep_rows(self.folder / "train.csv", lambda step: step <= self.step)
