@@ -71,7 +71,7 @@ def main(args: Args):
         raise common.Error(f"{args.folder} is no run's folder ({error}): give one like runs/<task>/<algo>/<time>")
     _, run = read_record(str(args.folder), algo, module.Args)
     path, num_seeds = args.folder / "checkpoint.msgpack", len(run.seeds)
-    saved = read_checkpoint(path)
+    saved = read_checkpoint(path, algo, run)
     if saved["step"] != run.num_updates:
         raise common.Error(f"{args.folder} is not finished: python algos/{algo}.py --resume {args.folder}")
     task, slots = common.load_task(run.env_name), common.slots_per_seed(num_seeds, run.eval_episodes)

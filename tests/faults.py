@@ -317,16 +317,20 @@ def data(times):
 
 def checkpoint(times):
     """Random corruptions of a checkpoint."""
+    from conftest import load_algo
+
     import common
     import run
 
     rng, lost = np.random.default_rng(0), []
     with tempfile.TemporaryDirectory() as scratch:
         live(pathlib.Path(scratch) / "run", [], rng)
-        path = run_folder(pathlib.Path(scratch) / "run") / "checkpoint.msgpack"
+        folder = run_folder(pathlib.Path(scratch) / "run")
+        path, args = folder / "checkpoint.msgpack", load_algo("dmfql").Args
+        _, args = run.read_record(str(folder), "dmfql", args)
         for kind, unchanged in corruptions(path, times, rng):
             try:
-                run.read_checkpoint(path)
+                run.read_checkpoint(path, "dmfql", args)
                 if not unchanged:
                     lost.append(kind)
             except common.Error as error:
