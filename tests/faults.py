@@ -27,7 +27,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 SMALL = ["--env-name", "cube-single-play", "--generate-episodes", 1, "--hidden-dims", 16, 16, "--batch-size", 16]
-SMALL += ["--num-updates", 40, "--eval-episodes", 1, "--num-workers", 2, "--seeds", 5, 6]
+SMALL += ["--num-updates", 40, "--eval-episodes", 1, "--num-workers", 1, "--seeds", 5, 6]
 TABLE = []  # (fault, times tried, what was lost)
 KILLED = -signal.SIGKILL
 
