@@ -108,7 +108,7 @@ class Cell(NamedTuple):
     steps: np.ndarray  # [evaluations]
     curve: np.ndarray  # score, [seeds, evaluations]
     norms: np.ndarray  # mean gradient norm before each evaluation, [seeds, evaluations]; NaN where it is not logged
-    scores: np.ndarray  # by the paper's protocol, [seeds]; none if the run is not finished
+    scores: np.ndarray  # by the paper's protocol, [seeds]; [0] if the run is not finished
     about: dict  # what all its rows share
 
 
@@ -125,6 +125,8 @@ def load_cells(rows: list[dict]) -> dict[tuple[str, str, str], Cell]:
             curve[at], norms[at] = float(row["score"]), float(row["q_grad_norm"] or "nan")
         last = int(group[0]["num_updates"])
         first = last if key[1] in adroit.TASKS else 0.8 * last
+        if key[0] in ("table3", "figure3"):  # these are not of scores but of gradients, over all of the run
+            curve, first = norms, 0
         scored = curve[:, np.array(steps) >= first] if steps[-1] == last else np.zeros((0, 1))
         cells[key] = Cell(np.array(steps), curve, norms, scored.mean(axis=1), group[0])
     return cells
@@ -170,6 +172,13 @@ def profile(tasks: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
+def unit_of(table: str, task: str) -> str:
+    """What the numbers of a table are on a task."""
+    if table in ("table3", "figure3"):
+        return "mean gradient norm"
+    return "normalized return" if task in adroit.TASKS else "success (%)"
+
+
 def summarize(cells: dict[tuple[str, str, str], Cell]) -> list[dict]:
     """What the tables and the page show of each cell, and of the paper's where it has that cell."""
     paper = {(row["table"], row["task"], row["column"]): row for row in read_rows(ROOT / "results" / "paper.csv")}
@@ -178,16 +187,17 @@ def summarize(cells: dict[tuple[str, str, str], Cell]) -> list[dict]:
         theirs = paper.get((table, task, column)) or paper.get((table, task, f"{column}*"))  # * copied by the paper
         done, diverged = len(cell.scores) > 0, int(np.isnan(cell.scores).sum())
         mean, std = (cell.scores.mean(), cell.scores.std()) if done else (np.nan, np.nan)  # a NaN stays one
-        entry = {"table": table, "task": task, "column": column, "mean": mean, "std": std, "bold": False}
-        entry["text"] = (
-            f"{mean:.1f} ± {std:.1f}"
-            if done
-            else f"cut off at {100 * cell.steps[-1] / int(cell.about['num_updates']):.0f} %"
-        )
+        digits = 2 if unit_of(table, task) == "mean gradient norm" else 1
+        written = lambda scores, digits=digits: f"{scores.mean():.{digits}f} ± {scores.std():.{digits}f}"
         if diverged:
             rest = cell.scores[~np.isnan(cell.scores)]
-            others = f", the others {rest.mean():.1f} ± {rest.std():.1f}" if len(rest) else ""
-            entry["text"] = f"nan ({diverged} of {len(cell.scores)} seeds diverged{others})"
+            others = f", the others {written(rest)}" if len(rest) else ""
+            text = f"nan ({diverged} of {len(cell.scores)} seeds diverged{others})"
+        elif done:
+            text = written(cell.scores)
+        else:
+            text = f"cut off at {100 * cell.steps[-1] / int(cell.about['num_updates']):.0f} %"
+        entry = {"table": table, "task": task, "column": column, "text": text, "mean": mean, "std": std}
         entry["paper"] = " ± ".join(filter(None, (theirs["mean"], theirs["std"]))) if theirs else ""
         comparable = theirs and done and not cell.about["reduced"]
         entry["difference"] = mean - float(theirs["mean"]) if comparable else np.nan
@@ -308,44 +318,34 @@ def style(column: str) -> dict:
 def save(figure: plt.Figure, path: pathlib.Path, title: str, about: str) -> pathlib.Path:
     """Writes a figure as PNG, whose path it returns, and as SVG, under its title and label."""
     figure.suptitle(f"{title}\n{textwrap.fill(about, 14 * int(figure.get_figwidth()))}", fontsize=9)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, transparent=True)
     figure.savefig(path.with_suffix(".png"), dpi=130)
     plt.close(figure)
     return path.with_suffix(".png")
 
 
-def draw_curves(cells: dict, table: str, path: pathlib.Path, what: str = "curve"):
-    """Learning curves, a panel per task: the mean over seeds, and a band of one std."""
-    shown = {
-        key[1:]: cell for key, cell in cells.items() if key[0] == table and not np.isnan(getattr(cell, what)).all()
-    }
+def draw_curves(cells: dict, table: str, path: pathlib.Path) -> pathlib.Path:
+    """Curves over training, a panel per task: the mean over seeds, and a band of one std."""
+    shown = {key[1:]: cell for key, cell in cells.items() if key[0] == table}
     tasks, names = in_order(shown)
     rows, columns = -(-len(tasks) // 3), min(3, len(tasks))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3 * rows + 0.8), squeeze=False, layout="constrained"
-    )
+    size = (max(6, 4.2 * columns), 3 * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(tasks) :]:
         axis.remove()
     for axis, task in zip(axes.flat, tasks):
         for column, cell in ((column, cell) for (name, column), cell in shown.items() if name == task):
-            values = getattr(cell, what)
-            mean, std = values.mean(axis=0), values.std(axis=0)
-            (line,) = axis.plot(cell.steps, mean, label=column, **style(column))
+            mean, std = cell.curve.mean(axis=0), cell.curve.std(axis=0)
+            (line,) = axis.plot(cell.steps, mean, **style(column))
             axis.fill_between(cell.steps, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0)
-        unit = "normalized return" if task in adroit.TASKS else "success (%)"
-        axis.set(title=task, xlabel="updates", ylabel=unit if what == "curve" else "mean gradient norm", ylim=(0, None))
+        axis.set(title=task, xlabel="updates", ylabel=unit_of(table, task), ylim=(0, None))
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     lines = [plt.Line2D([], [], label=name, **style(name)) for name in names]
     figure.legend(handles=lines, loc="outside lower center", ncols=8, fontsize=8)
-    return save(
-        figure,
-        path,
-        f"{TITLES[table]}: learning curves" if what == "curve" else TITLES[table],
-        label(list(shown.values())),
-    )
+    return save(figure, path, f"{TITLES[table]}: curves over training", label(list(shown.values())))
 
 
-def draw_bars(cells: dict, table: str, path: pathlib.Path):
+def draw_bars(cells: dict, table: str, path: pathlib.Path) -> pathlib.Path:
     """Bars like the paper's Figures 6-8: a group per task, a bar per column, one std over seeds."""
     shown = {key[1:]: cell for key, cell in cells.items() if key[0] == table and len(cell.scores)}
     tasks, columns = in_order(shown)
@@ -362,7 +362,7 @@ def draw_bars(cells: dict, table: str, path: pathlib.Path):
     return save(figure, path, TITLES[table], label([cells[table, *key] for key in shown]))
 
 
-def draw_aggregate(cells: dict, table: str, part: dict, path: pathlib.Path):
+def draw_aggregate(cells: dict, table: str, part: dict, path: pathlib.Path) -> pathlib.Path:
     """IQM and probability of improvement with their intervals, and performance profiles, over a family of tasks."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, name in ((left, "iqm"), (middle, "improvement")):
@@ -373,7 +373,7 @@ def draw_aggregate(cells: dict, table: str, part: dict, path: pathlib.Path):
         ticks = [f"{what}: nan" if np.isnan(value) else what for what, (value, _, _) in part[name].items()]
         axis.set_yticks(range(len(ticks)), ticks)
         axis.invert_yaxis()
-    unit = "success (%)" if part["family"] == "OGBench" else "normalized return"
+    unit = unit_of(table, part["tasks"][0])
     left.set(title="IQM", xlabel=unit)
     middle.set(title="probability of improvement", xlim=(0, 1))
     middle.axvline(0.5, color="gray", linestyle=":")
@@ -396,7 +396,7 @@ def write_page(folder: pathlib.Path, name: str, cells: dict, entries: list[dict]
     tables = []
     for table in dict.fromkeys(key[0] for key in cells):
         mine = {key[1:]: cell for key, cell in cells.items() if key[0] == table}
-        units = {task: "normalized return" if task in adroit.TASKS else "success (%)" for task in in_order(mine)[0]}
+        units = {task: unit_of(table, task) for task in in_order(mine)[0]}
         tables.append({"id": table, "title": TITLES[table], "label": label(list(mine.values())), "units": units})
     for entry in entries:
         cell = cells[entry["table"], entry["task"], entry["column"]]
@@ -436,7 +436,7 @@ def main(args: Args, flags: list[str]):
         elif table in ("figure6", "figure7", "figure8"):
             pictures.append(draw_bars(cells, table, folder / table))
         elif table == "figure3":
-            pictures.append(draw_curves(cells, table, folder / table, "norms"))
+            pictures.append(draw_curves(cells, table, folder / table))
     heading = f"# Results: {args.name}\n\nMade by `python report.py --name {args.name}` of [runs.csv](runs.csv).\n"
     pictures = [f"![{path.stem}]({path.name})\n" for path in pictures]
     (folder / "README.md").write_text("\n".join([heading, *texts, *pictures]))

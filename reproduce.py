@@ -63,6 +63,7 @@ figure7  alpha=1               dmfql      ogbench  4      --alpha 1
 figure8  num_target_samples=4  dmfql      ogbench  4      --num-target-samples 4
 figure8  num_target_samples=1  dmfql      ogbench  4      --num-target-samples 1
 """  # Table 3 has the deltas of the IQL columns, and all of these learn the same Q
+SPEED = read_rows(ROOT / "results" / "speed.csv")
 BYSTANDERS = ("resume", "track", "wandb_project_name", "capture_video", "num_workers")  # flags that change no number
 
 
@@ -296,17 +297,15 @@ def launch(runs: list[Run], args: Args) -> list[Run]:
 
 
 def hours(run: Run) -> float:
-    """The hours that a run takes by results/speed.csv, without its evaluations; NaN if its algorithm is not there.
+    """About how long a run takes on two cores, without its evaluations.
 
-    Scaled by the number of updates and seeds, and by the weights of a hidden network.
+    From results/speed.csv, the milliseconds of an update of one seed at the paper's sizes (the fastest of several
+    timings), by the run's updates, seeds, batch and weights.
     """
-    args = json.loads(run.args)
-    weights = lambda dims: sum(a * b for a, b in itertools.pairwise(dims)) or dims[0]
-    for row in read_rows(ROOT / "results" / "speed.csv"):
-        if row["algorithm"] == run.algo:
-            scale = weights(args["hidden_dims"]) / weights([512] * 4) * args["batch_size"] / 256
-            return float(row["milliseconds"]) / 3.6e6 * args["num_updates"] * len(args["seeds"]) * scale
-    return float("nan")
+    args, (paper,) = json.loads(run.args), {row["milliseconds"] for row in SPEED if row["algorithm"] == run.algo}
+    weights = sum(a * b for a, b in itertools.pairwise(args["hidden_dims"]))
+    scale = args["batch_size"] / 256 * max(weights / (3 * 512 * 512), 0.02)  # small networks cost their overhead
+    return float(paper) * scale * args["num_updates"] * len(args["seeds"]) / 3.6e6
 
 
 def main(args: Args, flags: list[str]):
@@ -316,12 +315,12 @@ def main(args: Args, flags: list[str]):
     todo = [run for run in runs if states[run] not in ("finished", "running")]
     for run in runs:
         print(f"{states[run]:16} {hours(run):6.1f} h  {name_of(run)}")
+    where = f"on this machine, {args.jobs or 1} at a time" if args.cluster == "local" else "as jobs of SLURM"
+    print(f"{len(todo)} of {len(runs)} runs to do {where}")
     print(
-        f"{len(todo)} of {len(runs)} runs to do, {'on this machine' if args.cluster == 'local' else 'as jobs of SLURM'}"
+        f"about {sum(map(hours, todo)):.1f} h in all on the two cores (AMD EPYC) that results/speed.csv was measured on"
     )
-    if args.dry_run:
-        return
-    if failed := launch(todo, args):
+    if not args.dry_run and (failed := launch(todo, args)):
         raise common.Error(f"{len(failed)} of {len(todo)} runs failed: their logs are in runs/.jobs")
 
 

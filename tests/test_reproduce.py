@@ -2,22 +2,24 @@
 
 import csv
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import filelock
-import numpy as np
+import imageio_ffmpeg
 import pytest
-from conftest import ROOT, TASK
+from conftest import ROOT, TASK, load_algo
 from test_run import record_episodes, rows_of
 
 import common
 import evaluate
 import reproduce
 from reproduce import Selection, expand, state_of
-from run import append_rows
+from run import Run, append_rows
 
 
 def test_the_tables_are_the_papers():
@@ -109,16 +111,17 @@ def test_where_a_run_stands(tmp_path, monkeypatch):
     assert state_of(run) == "finished"
 
 
-def test_a_grid_is_interrupted_resumed_and_skipped(tmp_path):
-    """One of its two runs cannot be: that is told, and the other ends as it should. Its policies, played again, score
-    what they scored."""
-    record_episodes("pen", tmp_path / "pen.hdf5")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a run in a grid of two, one of which cannot be: it was interrupted and resumed."""
+    cwd = tmp_path_factory.mktemp("grid")
+    record_episodes("pen", cwd / "pen.hdf5")
     command = [sys.executable, ROOT / "reproduce.py", "table2", "--tasks", "door-expert-v1", "pen-expert-v1"]
     command += ["--algos", "mfql", "--", "--dataset-path", "pen.hdf5", "--num-updates", 5000, "--eval-episodes", 2]
     command += ["--hidden-dims", 16, 16, "--batch-size", 16, "--seeds", 5, 6, "--num-workers", 1]
-    start = lambda: subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+    start = lambda: subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=-1, stderr=-1, text=True)
     process = start()
-    while not (evals := list(tmp_path.glob("runs/pen-expert-v1/mfql/*/eval.csv"))):
+    while not (evals := list(cwd.glob("runs/pen-expert-v1/mfql/*/eval.csv"))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -130,16 +133,39 @@ def test_a_grid_is_interrupted_resumed_and_skipped(tmp_path):
     assert process.returncode == 1 and err == "error: 1 of 2 runs failed: their logs are in runs/.jobs\n"
     assert "cut off at" in out and "FAILED   mfql --env-name door-expert-v1" in out
     assert "error: pen.hdf5 is not D4RL's door data" in out and "finished mfql --env-name pen-expert-v1" in out
-    (folder,) = tmp_path.glob("runs/pen-expert-v1/mfql/*")
-    assert len(rows_of(folder / "eval.csv")) == 20
     command.insert(2, "--dry-run")
     out, _ = start().communicate(timeout=60)
     assert out.startswith("finished ") and "\nnew " in out and "1 of 2 runs to do" in out
+    (folder,) = cwd.glob("runs/pen-expert-v1/mfql/*")
+    return folder
 
-    last = [float(row["score"]) for row in rows_of(folder / "eval.csv")[-2:]]
-    evaluate.main(evaluate.Args(folder, num_samples=(1, 32)))  # 32: what the paper acts by on pen-expert
-    evaluate.main(evaluate.Args(folder, num_samples=(1, 32)))  # all of it is there: nothing is added
-    again = [(row["num_samples"], row["seed"], float(row["score"])) for row in rows_of(folder / "num_samples.csv")]
-    assert [row[:2] for row in again] == [("1", "5"), ("1", "6"), ("32", "5"), ("32", "6")]
-    np.testing.assert_array_equal([row[2] for row in again[2:]], last)
-    assert again[0][2] != last[0]
+
+def test_policies_played_again_score_what_they_scored(folder):
+    last = rows_of(folder / "eval.csv")[-2:]
+    for _ in range(2):  # the second time all of it is there: nothing is added
+        evaluate.main(evaluate.Args(folder, num_samples=(1, 32)))  # the paper acts by 32 on pen-expert
+    again = rows_of(folder / "num_samples.csv")
+    assert [(row["num_samples"], row["seed"]) for row in again] == [("1", "5"), ("1", "6"), ("32", "5"), ("32", "6")]
+    assert [row["score"] for row in again[2:]] == [row["score"] for row in last] != [row["score"] for row in again[:2]]
+
+
+def test_a_film_shows_the_episodes_of_the_last_evaluation(folder):
+    try:
+        backend = common.rendering_backend()
+    except common.Error:
+        pytest.skip("nothing here can draw")
+    command = [sys.executable, ROOT / "evaluate.py", folder, "--capture-video"]
+    out = subprocess.run(command, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, text=True).stdout
+    scores = [float(row["score"]) for row in rows_of(folder / "episodes.csv")[-4:] if row["seed"] == "5"]
+    assert re.findall(r"episode-(\d).mp4: score (.*)", out) == [(str(i), f"{s:.1f}") for i, s in enumerate(scores)]
+    for episode in range(2):
+        frames, _ = imageio_ffmpeg.count_frames_and_secs(folder / f"episode-{episode}.mp4")
+        assert 2 <= frames <= 101  # a state more than steps
+
+
+def test_without_opengl_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MUJOCO_GL", "none")
+    with pytest.raises(common.Error, match="nothing here can draw for --capture-video: install OSMesa"):
+        Run(load_algo("dmfql").Args(env_name=TASK, capture_video=True), "dmfql.py", ("ql",))
+    assert not list(tmp_path.glob("runs/*/*/*"))

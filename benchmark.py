@@ -1,0 +1,399 @@
+"""Times training and evaluation, beside the machine's floor and, given a clone of it, the official FQL code.
+
+    python benchmark.py --algos dmfrebrac                        # 1 seed and 8
+    python benchmark.py --algos iql ifql fql rebrac --num-seeds 1 --fql-dir ../fql
+    python benchmark.py --algos ifql fql --num-seeds 1 --fql-dir ../fql --eval-episodes 50
+    python benchmark.py --algos dmfrebrac --run-updates 50000    # whole runs, too: start-up, training, evaluation
+
+Every contestant is a process of its own, and they take turns, so that all meet the machine in the same moods. Data are
+random numbers of the task's shapes, in the published number; nothing that is timed depends on their values. The FQL
+code is used as its main.py does: numpy batches, one call per update, and its own evaluation loop. Its packages
+(distrax, ml_collections) must be installed beside ours.
+
+The floor of an update is what arithmetic alone would take: every matrix product that `update` asks for, each at the
+rate that this machine was measured to reach on its shape, and the bytes that Adam (7 arrays per network: parameters
+and both moments read and written, gradients read) and the targets (3) must move, at the bandwidth measured on arrays of
+that size. What lies above it is activations, layer norms, sampling and waiting.
+
+Writes <out>.json and <out>.png.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import tyro
+
+ROOT = pathlib.Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    algos: tuple[str, ...] = ("dmfrebrac",)
+    """files of algos/"""
+    num_seeds: tuple[int, ...] = (1, 8)
+    """numbers of seeds to train side by side"""
+    env_name: str = "scene-play"
+    """task whose sizes are taken"""
+    num_transitions: int = 1_000_000
+    """transitions of the random dataset"""
+    num_updates: int = 20
+    """updates per turn"""
+    turns: int = 7
+    """turns of each contestant"""
+    fql_dir: str | None = None
+    """a clone of the official FQL code, which then takes its turns with those of iql, ifql, fql and rebrac it has"""
+    eval_episodes: int = 0
+    """episodes of one evaluation (0: none)"""
+    fql_eval_episodes: int = 5
+    """episodes of FQL's evaluation loop, before and again after ours"""
+    run_updates: int = 0
+    """updates of a whole run from the command line, evaluated at each tenth (0: none)"""
+    out: str = "results/benchmark"
+    """where to write, without the ending"""
+
+
+def seconds(function, *args) -> float:
+    """How long `function(*args)` takes until its result is there."""
+    import jax
+
+    begun = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - begun
+
+
+# ---------------------------------------------------------------------------------------------- the floor of an update
+def products(jaxpr, count=1) -> collections.Counter:
+    """The matrix products that a jaxpr asks for: {(left shape, right shape, dimension numbers): how many}."""
+    import jax
+
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            left, right = (variable.aval.shape for variable in equation.invars)
+            found[left, right, equation.params["dimension_numbers"]] += count
+        if equation.primitive.name == "cond":  # rebrac's two branches: as often the one as the other
+            inner = [(branch.jaxpr, count / len(equation.params["branches"])) for branch in equation.params["branches"]]
+        else:
+            inner = [(p.jaxpr, count) for p in equation.params.values() if isinstance(p, jax.extend.core.ClosedJaxpr)]
+            inner += [(p, count) for p in equation.params.values() if isinstance(p, jax.extend.core.Jaxpr)]
+        for part, times in inner:
+            found.update(products(part, times))
+    return found
+
+
+def flops(left, right, dimension_numbers) -> int:
+    """Floating-point operations of a matrix product: 2 x (elements on the left) x (free elements on the right)."""
+    (_, contracted), (_, batch) = dimension_numbers
+    return 2 * math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in (*contracted, *batch))
+
+
+def repeat(dot, lefts, right):
+    """`dot(left, right)` for each of `lefts`, one after another: the last one's result."""
+    import jax
+
+    first = jax.eval_shape(dot, lefts[0], right)
+    return jax.lax.scan(lambda _, left: (dot(left, right), None), jax.numpy.zeros_like(first), lefts)[0]
+
+
+class Floor(NamedTuple):
+    """What an update cannot do without, as programs to be timed."""
+
+    programs: list  # (program, its arguments, how often it stands in an update / how often the program does it)
+    flops: float  # per update
+    bytes: float  # per update
+
+
+def make_floor(update, state) -> Floor:
+    """The floor of `update(state)`."""
+    import jax
+    import jax.numpy as jnp
+    from flax.training.train_state import TrainState
+
+    repeats, programs, total = 20, [], 0
+    for (left, right, numbers), count in products(jax.make_jaxpr(update)(state).jaxpr).items():
+        dot = functools.partial(jax.lax.dot_general, dimension_numbers=numbers)
+        one_after_another = functools.partial(repeat, dot)
+        programs.append((jax.jit(one_after_another), (jnp.ones((repeats, *left)), jnp.ones(right)), count / repeats))
+        total += count * flops(left, right, numbers)
+    networks = [part for part in state if isinstance(part, TrainState)]
+    targets = [part for part in state if isinstance(part, dict)]
+    size = lambda parts: sum(array.size for array in jax.tree.leaves(parts))
+    moved = 4 * (7 * sum(size(network.params) for network in networks) + 3 * size(targets))
+    stream = jnp.ones(moved // 12)  # read twice and written once, as Adam mixes its reads and writes
+    programs.append((jax.jit(lambda x, y: x + 0.5 * y), (stream, stream + 1), 1))
+    return Floor(programs, total, moved)
+
+
+# --------------------------------------------------------------------------------------------------- the contestants
+class Ours:
+    """One of our algorithms: `train`, `act` and `evaluate` as its `main` uses them."""
+
+    def __init__(self, algo: str, num_seeds: int, args: Args):
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        import common
+
+        os.chdir(ROOT)
+        self.module, self.task = importlib.import_module(f"algos.{algo}"), common.load_task(args.env_name)
+        self.args = self.module.Args(env_name=args.env_name, seeds=tuple(range(num_seeds)))
+        self.args = common.resolve(self.args, self.task, self.module.COLUMNS)
+        env = common.make_env(self.task)
+        sizes = env.observation_space.shape[0], env.action_space.shape[0]
+        draw = np.random.default_rng(0).uniform
+        array = lambda *shape: jnp.asarray(draw(-1, 1, (args.num_transitions, *shape)).astype(np.float32))
+        obs, action = (sizes[0],), (sizes[1],)
+        dataset = common.Dataset(array(*obs), array(*action), array(), array(), array(*obs), array(*action))
+        init = functools.partial(self.module.init, self.args, *sizes)
+        states = jax.jit(jax.vmap(init))(jnp.arange(num_seeds, dtype=jnp.uint32))
+        mesh, axes = common.seed_mesh(num_seeds), jax.sharding.PartitionSpec
+        self.dataset = jax.device_put(dataset, jax.sharding.NamedSharding(mesh, axes()))
+        self.states = jax.device_put(
+            states, jax.sharding.NamedSharding(mesh, axes("seed") if mesh.size > 1 else axes())
+        )
+        update = lambda state: self.module.update(self.args, self.dataset, state, None)
+        self.floor = make_floor(update, jax.tree.map(lambda array: array[0], self.states))
+        self.num_updates, self.num_seeds, self.eval_episodes = args.num_updates, num_seeds, args.eval_episodes
+        begun = time.perf_counter()
+        self.train()
+        self.compile_seconds = time.perf_counter() - begun
+        self.floor_seconds()
+
+    def train(self) -> float:
+        """Seconds per update of one seed."""
+
+        def chunk():
+            self.states, metrics = self.module.train(self.args, self.num_updates, self.dataset, self.states)
+            return metrics
+
+        return seconds(chunk) / self.num_updates / self.num_seeds
+
+    def floor_seconds(self) -> float:
+        """Seconds that an update of one seed could not go below."""
+        return sum(weight * seconds(program, *args) for program, args, weight in self.floor.programs)
+
+    def evaluate(self) -> list[float]:
+        """Seconds per episode."""
+        import jax
+
+        import common
+
+        slots = common.slots_per_seed(self.num_seeds, self.eval_episodes)
+        environments = common.Environments(self.task, slots * self.num_seeds, os.cpu_count())
+        act = functools.partial(self.module.act, self.args, jax.device_put(self.states, jax.devices("cpu")[0]))
+        with jax.default_device(jax.devices("cpu")[0]):
+            common.evaluate(act, environments, self.num_seeds, 1)  # compiles, and makes the first environments
+            begun = time.perf_counter()
+            common.evaluate(act, environments, self.num_seeds, self.eval_episodes)
+        took = time.perf_counter() - begun
+        environments.close()
+        return [took / self.eval_episodes / self.num_seeds]
+
+    def about(self) -> dict:
+        """What else there is to say."""
+        import jax
+
+        device = jax.devices()[0]
+        stats = device.memory_stats() or {}
+        return {
+            "device": f"{jax.device_count()} x {device.device_kind}",
+            "gflop_per_update": self.floor.flops / 1e9,
+            "megabytes_per_update": self.floor.bytes / 1e6,
+            "first_call_seconds": self.compile_seconds,
+            "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            "peak_device_gigabytes": stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None,
+        }
+
+
+class Official:
+    """An agent of the official FQL code, used as its main.py does."""
+
+    def __init__(self, algo: str, num_seeds: int, args: Args):
+        import numpy as np
+
+        sys.path.insert(0, args.fql_dir)
+        from agents import agents
+        from utils.datasets import Dataset
+
+        import common
+
+        self.env = common.make_env(common.load_task(args.env_name))
+        self.config = importlib.import_module(f"agents.{algo}").get_config()
+        draw = np.random.default_rng(0).uniform
+        array = lambda *shape: draw(-1, 1, (args.num_transitions, *shape)).astype(np.float32)
+        obs, action = self.env.observation_space.shape, self.env.action_space.shape
+        fields = {"observations": array(*obs), "actions": array(*action), "rewards": array(), "terminals": array()}
+        self.dataset = Dataset.create(**fields, masks=array(), next_observations=array(*obs))
+        self.dataset.return_next_actions = algo == "rebrac"
+        example = self.dataset.sample(1)
+        self.agent = agents[algo].create(0, example["observations"], example["actions"], self.config)
+        self.num_updates, self.eval_episodes = args.num_updates, args.fql_eval_episodes
+        self.train()
+
+    def train(self) -> float:
+        """Seconds per update."""
+
+        def loop():
+            for i in range(1, self.num_updates + 1):
+                batch = self.dataset.sample(self.config["batch_size"])
+                if self.config["agent_name"] == "rebrac":
+                    self.agent, _ = self.agent.update(batch, full_update=i % self.config["actor_freq"] == 0)
+                else:
+                    self.agent, _ = self.agent.update(batch)
+            return self.agent.network.params
+
+        return seconds(loop) / self.num_updates
+
+    def evaluate(self) -> list[float]:
+        """Seconds of each episode."""
+        from utils.evaluation import evaluate
+
+        took = []
+        for _ in range(self.eval_episodes + 1):
+            begun = time.perf_counter()
+            evaluate(self.agent, self.env, self.config, num_eval_episodes=1)
+            took.append(time.perf_counter() - begun)
+        return took[1:]  # the first compiles
+
+
+def enter(kind, *args):
+    """Makes a process a contestant."""
+    global contestant
+    contestant = kind(*args)
+
+
+def call(method: str):
+    return getattr(contestant, method)()
+
+
+# ------------------------------------------------------------------------------------------------------------- turns
+def compare(algo: str, num_seeds: int, args: Args) -> dict:
+    """The figures of one algorithm and number of seeds."""
+    kinds = {"ours": Ours}
+    if args.fql_dir and pathlib.Path(args.fql_dir, "agents", f"{algo}.py").exists():
+        kinds["official"] = Official
+    context = multiprocessing.get_context("spawn")
+    processes = {
+        name: concurrent.futures.ProcessPoolExecutor(1, context, enter, (kind, algo, num_seeds, args))
+        for name, kind in kinds.items()
+    }
+    ask = lambda name, method: processes[name].submit(call, method).result()
+    times = collections.defaultdict(list)
+    row = {"algo": algo, "num_seeds": num_seeds, "env_name": args.env_name, **ask("ours", "about")}
+    for _ in range(args.turns):
+        for name in kinds:
+            times[name].append(ask(name, "train"))
+        times["floor"].append(ask("ours", "floor_seconds"))
+    row["train_seconds"] = dict(times)
+    row["updates_per_second"] = {name: 1 / statistics.median(values) for name, values in times.items()}
+    row["fraction_of_floor"] = spread([f / t for f, t in zip(times["floor"], times["ours"])])
+    if "official" in kinds:
+        row["speedup"] = spread([theirs / mine for theirs, mine in zip(times["official"], times["ours"])])
+    if args.eval_episodes:
+        theirs = ask("official", "evaluate") if "official" in kinds else []
+        row["eval_seconds"] = {"ours": ask("ours", "evaluate")}
+        if "official" in kinds:
+            row["eval_seconds"]["official"] = theirs + ask("official", "evaluate")
+            row["eval_speedup"] = spread([t / row["eval_seconds"]["ours"][0] for t in row["eval_seconds"]["official"]])
+    for process in processes.values():
+        process.shutdown()
+    if args.run_updates:
+        row["run_updates"], row["run_seconds"] = args.run_updates, whole_run(algo, num_seeds, args)
+    return row
+
+
+def spread(values: list[float]) -> dict:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def whole_run(algo: str, num_seeds: int, args: Args) -> float:
+    """Seconds of a run from the command line, on 10 generated episodes, start-up and evaluations included."""
+    command = [sys.executable, str(ROOT / "algos" / f"{algo}.py"), "--env-name", args.env_name]
+    command += [
+        "--num-updates",
+        str(args.run_updates),
+        "--generate-episodes",
+        "10",
+        "--seeds",
+        *map(str, range(num_seeds)),
+    ]
+    begun = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - begun
+
+
+def machine() -> str:
+    """The processor's name and number of cores."""
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
+
+
+def draw(rows: list[dict], path: pathlib.Path):
+    """Bars of updates per second: ours, the official code's, the floor's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(1.5 + 1.4 * len(rows), 3.4), layout="constrained")
+    kinds = [("official", "official FQL code", "#999999"), ("ours", "ours", "#1f6fb4"), ("floor", "floor", "#d9e6f2")]
+    for offset, (kind, label, color) in enumerate(kinds):
+        heights = [row["updates_per_second"].get(kind, 0) for row in rows]
+        bars = axes.bar([i + 0.27 * (offset - 1) for i in range(len(rows))], heights, 0.25, label=label, color=color)
+        axes.bar_label(bars, [f"{height:.3g}" if height else "" for height in heights], fontsize=8)
+    axes.set_xticks(range(len(rows)), [f"{row['algo']}\n{row['num_seeds']} seed(s)" for row in rows])
+    axes.set_ylabel("updates of one seed per second")
+    axes.set_title(f"{rows[0]['env_name']} sizes, {rows[0]['device']}, {machine()}", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(args: Args):
+    """Times every algorithm at every number of seeds, prints a line each, and writes all figures."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # contestants share the GPU
+    rows = []
+    for algo in args.algos:
+        for num_seeds in args.num_seeds:
+            row = compare(algo, num_seeds, args)
+            rows.append(row)
+            text = f"{algo:10} {num_seeds} seed(s): {row['updates_per_second']['ours']:8.1f} updates/s of one seed"
+            text += ", {median:.0%} of the floor ({min:.0%} to {max:.0%})".format(**row["fraction_of_floor"])
+            if "speedup" in row:
+                text += "; {median:.2f} x FQL's code ({min:.2f} to {max:.2f})".format(**row["speedup"])
+            if "eval_seconds" in row:
+                text += f"; {row['eval_seconds']['ours'][0]:.2f} s per evaluation episode"
+            if "eval_speedup" in row:
+                text += ", {median:.2f} x FQL's loop ({min:.2f} to {max:.2f})".format(**row["eval_speedup"])
+            if "run_seconds" in row:
+                text += f"; run of {args.run_updates:,} updates {row['run_seconds']:.0f} s"
+            memory = row["peak_device_gigabytes"] or row["peak_gigabytes"]
+            print(f"{text}; first call {row['first_call_seconds']:.1f} s, peak memory {memory:.1f} GB", flush=True)
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"date": f"{datetime.datetime.now():%Y-%m-%d}", "machine": machine(), "command": sys.argv[1:]}
+    out.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+    draw(rows, out.with_suffix(".png"))
+    print(f"written: {out.with_suffix('.json')}, {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
