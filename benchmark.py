@@ -199,9 +199,9 @@ class Ours:
         environments = common.Environments(self.task, slots * self.num_seeds, os.cpu_count())
         act = functools.partial(self.module.act, self.args, jax.device_put(self.states, jax.devices("cpu")[0]))
         with jax.default_device(jax.devices("cpu")[0]):
-            common.evaluate(act, environments, self.num_seeds, 1)  # compiles, and makes the first environments
+            common.evaluate(act, environments, range(self.num_seeds), 1)  # compiles, and makes the first environments
             begun = time.perf_counter()
-            common.evaluate(act, environments, self.num_seeds, self.eval_episodes)
+            common.evaluate(act, environments, range(self.num_seeds), self.eval_episodes)
         took = time.perf_counter() - begun
         environments.close()
         return [took / self.eval_episodes / self.num_seeds]

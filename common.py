@@ -18,7 +18,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import typing
@@ -413,6 +412,8 @@ class Slots:
                 np.random.set_state(self.draws[slot])
                 obs, reward, terminated, truncated, info = self.envs[slot].step(command)
                 self.returns[slot] += reward
+                if not (np.isfinite(obs).all() and np.isfinite(reward)):
+                    raise FloatingPointError("an observation or reward that is not finite")
                 score = episode_score(self.task, self.returns[slot], info) if terminated or truncated else None
             answers[slot] = obs, score
             self.draws[slot] = np.random.get_state()
@@ -421,16 +422,21 @@ class Slots:
 
 def play(connection, task: Task, slots: list[int]):
     """A worker process: holds the environments of `slots` and obeys, message by message (see `Slots.step`), until its
-    parent is gone. Where an answer fails, its exception is sent in its place."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    parent is gone. It answers slot by slot; where one fails, its exception is sent in its place."""
+    generate.follow_parent()
     try:
         environments = Slots(task, slots)
         while True:
-            connection.send(environments.step(connection.recv()))
+            for slot, command in connection.recv().items():
+                connection.send(environments.step({slot: command}))
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass
     except Exception as error:
         connection.send(error)
+
+
+class SlotFailure(Exception):
+    """What happened to the environment of a slot, which cannot go on: (slot, reason)."""
 
 
 class Environments:
@@ -450,24 +456,27 @@ class Environments:
     def step(self, commands: dict, patience: float = 300) -> dict:
         """Sends each slot its command and returns each one's (obs, score); see `Slots.step`.
 
-        Raises Error if a worker fails, dies, or does not answer within `patience` seconds.
+        Raises SlotFailure if a worker fails, dies, or does not answer within `patience` seconds: the first answer takes
+        as long as making all environments, on a busy machine a minute or two.
         """
         shares, answers = collections.defaultdict(dict), {}
         for slot, command in commands.items():
             shares[self.connections[slot % len(self.connections)]][slot] = command
         try:
             for connection, share in shares.items():
+                slot = min(share)
                 connection.send(share)
-            for connection in shares:
-                if not connection.poll(patience):
-                    raise TimeoutError(f"no answer in {patience:g} s")
-                answer = connection.recv()
-                if isinstance(answer, Exception):
-                    raise answer
-                answers |= answer
+            for connection, share in shares.items():
+                for slot in share:
+                    if not connection.poll(patience):
+                        raise TimeoutError(f"no answer in {patience:g} s")
+                    answer = connection.recv()
+                    if isinstance(answer, Exception):
+                        raise answer
+                    answers[slot] = answer[slot]
         except Exception as error:
             self.close()
-            raise Error(f"evaluation failed ({type(error).__name__}: {error}): mend that, and resume the run")
+            raise SlotFailure(slot, f"{type(error).__name__}: {error}")
         return answers
 
     def close(self):
@@ -491,15 +500,20 @@ def slots_per_seed(num_seeds: int, num_episodes: int) -> int:
 
 
 def evaluate(
-    act: collections.abc.Callable, environments: Environments, num_seeds: int, num_episodes: int, eval_seed: int = 0
+    act: collections.abc.Callable,
+    environments: Environments,
+    seeds: collections.abc.Sequence[int],
+    num_episodes: int,
+    eval_seed: int = 0,
 ) -> np.ndarray:
-    """Plays `num_episodes` episodes with each of `num_seeds` policies: the scores, [num_seeds, num_episodes].
+    """Plays `num_episodes` episodes with the policy of each of `seeds`: the scores, [seeds, num_episodes].
 
-    `act(obs, keys)` gives the actions [num_seeds, slots, action_dim] of obs [num_seeds, slots, obs_dim] and a key each.
+    `act(obs, keys)` gives the actions [seeds, slots, action_dim] of obs [seeds, slots, obs_dim] and a key each.
     Slot j of a seed plays episodes j, j + slots, ... in turn. Episode i starts from the same state whatever the policy,
     and its noise is keyed by (eval_seed, i, step): the scores depend neither on the workers nor on how often one
-    evaluates. A policy whose action is not finite scores NaN.
+    evaluates. A policy whose action is not finite scores NaN. Raises Error, naming the episode, if it cannot be played.
     """
+    num_seeds = len(seeds)
     slots = environments.num_slots // num_seeds
     starts = [int(np.random.SeedSequence((eval_seed, i)).generate_state(1)[0]) for i in range(num_episodes)]
     scores = np.full((num_seeds, num_episodes), np.nan)
@@ -507,7 +521,12 @@ def evaluate(
     commands = {slot: starts[i] for slot, i in enumerate(episode.flat) if i < num_episodes}
     obs = None
     while commands:
-        answers = environments.step(commands)
+        try:
+            answers = environments.step(commands)
+        except SlotFailure as error:
+            slot, reason = error.args
+            seed, i = seeds[slot // slots], episode.flat[slot]
+            raise Error(f"evaluation failed in episode {i} of seed {seed} ({reason}): mend that, and resume the run")
         if obs is None:
             obs = np.zeros((num_seeds, slots, len(answers[0][0])), np.float32)
         for slot, (slot_obs, _) in answers.items():

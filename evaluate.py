@@ -71,7 +71,7 @@ def main(args: Args):
         raise common.Error(f"{args.folder} is no run's folder ({error}): give one like runs/<task>/<algo>/<time>")
     _, run = read_record(str(args.folder), algo, module.Args)
     path, num_seeds = args.folder / "checkpoint.msgpack", len(run.seeds)
-    saved = read_checkpoint(path)
+    saved = read_checkpoint(path, algo, run)
     if saved["step"] != run.num_updates:
         raise common.Error(f"{args.folder} is not finished: python algos/{algo}.py --resume {args.folder}")
     task, slots = common.load_task(run.env_name), common.slots_per_seed(num_seeds, run.eval_episodes)
@@ -85,7 +85,7 @@ def main(args: Args):
         play = lambda obs, keys: module.act(run, states, *(np.repeat(x, num_seeds, axis=0) for x in (obs, keys)))[:1]
         warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once
         film = Film(task, list(range(min(slots, 4))), slots, args.folder)
-        for episode, score in enumerate(common.evaluate(play, film, 1, min(slots, 4), run.eval_seed)[0]):
+        for episode, score in enumerate(common.evaluate(play, film, run.seeds[:1], min(slots, 4), run.eval_seed)[0]):
             print(f"{args.folder}/episode-{episode}.mp4: score {score:.1f}", flush=True)
 
 
@@ -98,7 +98,7 @@ def evaluate_again(args: Args, run, act, states, task: common.Task, slots: int):
     environments = common.Environments(task, slots * len(run.seeds), args.num_workers or os.cpu_count())
     for n in (n for n in args.num_samples if n not in done):
         play = functools.partial(act, dataclasses.replace(run, num_samples=n), states)
-        scores = common.evaluate(play, environments, len(run.seeds), run.eval_episodes, run.eval_seed).mean(axis=1)
+        scores = common.evaluate(play, environments, run.seeds, run.eval_episodes, run.eval_seed).mean(axis=1)
         keys = [{"step": run.num_updates, "seed": seed, "num_samples": n} for seed in run.seeds]
         append_rows(path, [key | {"score": f"{score:.6g}"} for key, score in zip(keys, scores)])
         print(f"{n} samples: {scores.mean():.1f} +- {scores.std():.1f}", flush=True)

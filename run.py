@@ -117,12 +117,33 @@ def read_record(folder: str, algo: str, kind: type) -> tuple[dict, object]:
         raise Error(f"{folder} is no run's folder ({error}): --resume takes one like runs/<task>/<algo>/<time>")
 
 
-def read_checkpoint(path: pathlib.Path) -> dict:
-    """What `Run.save` wrote: step, and states as flax's state dict. Raises Error if the file is damaged."""
+def values_of(args) -> dict:
+    """The arguments that make a run's numbers, given its task and data."""
+    values = {name: value for name, value in vars(args).items() if name not in ELSEWHERE and value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def identity(algo: str, args) -> dict:
+    """What a checkpoint shares with the run of `algo` by `args` that it belongs to."""
+    return {"version": CHECKPOINT_VERSION, "algorithm": algo, "task": args.env_name} | values_of(args)
+
+
+def read_checkpoint(path: pathlib.Path, algo: str, args) -> dict:
+    """What the run of `algo` by `args` has saved: step, and states as flax's state dict.
+
+    Raises Error if the file is damaged, or another run's.
+    """
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise Error(f"{path} is damaged: this run cannot be resumed, start it anew")
-    return flax.serialization.msgpack_restore(content[32:])
+    try:
+        saved = flax.serialization.msgpack_restore(content[32:])
+        for name, value in identity(algo, args).items():
+            if saved["run"].get(name) != value:
+                raise ValueError(f"its {name} is {saved['run'].get(name)}, this run's {value}")
+        return saved
+    except Exception as error:  # there is no telling what a file from elsewhere holds
+        raise Error(f"{path} is of another run ({error}): resume each with its own checkpoint and code")
 
 
 def git_commit() -> str | None:
@@ -171,8 +192,6 @@ class Run:
         self.algo, self.task = algo, load_task(args.env_name)
         self.unit = "normalized return" if self.task.adroit else "% success"
         self.args = args = resolve(args, self.task, columns)
-        values = {name: value for name, value in vars(args).items() if name not in ELSEWHERE and value is not None}
-        self.values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         if not record:
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             self.folder = pathlib.Path("runs", args.env_name, algo, name)
@@ -258,7 +277,9 @@ class Run:
     def print_banner(self):
         """Says what is about to run: task, data, values, device, folder."""
         data, versions = self.record["data"], self.record["versions"]
-        values = [f"{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in self.values.items()]
+        values = [
+            f"{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in values_of(self.args).items()
+        ]
         print(f"{self.algo} on {self.task.name}, scored by {self.unit} in {self.task.env_id}")
         print(f"  data    {os.fsencode(data['path']).decode(errors='replace')}")  # a name can be of any bytes
         print(f"          {data['source']}, {data['transitions']:,} transitions, sha256 {data['sha256'][:16]}")
@@ -273,18 +294,14 @@ class Run:
         """
         path = self.folder / "checkpoint.msgpack"
         if path.exists():
+            saved = read_checkpoint(path, self.algo, self.args)
             try:
-                saved = read_checkpoint(path)
-                theirs = saved.get("run", {})
-                for name, value in self.identity.items():
-                    if theirs.get(name) != value:
-                        raise ValueError(f"its {name} is {theirs.get(name)}, this run's {value}")
                 restored = jax.tree.map(jnp.asarray, flax.serialization.from_state_dict(states, saved["states"]))
                 if jax.tree.map(jnp.shape, restored) != jax.tree.map(jnp.shape, states):
                     raise ValueError("its arrays have other shapes")
                 states = restored
-            except Exception as error:  # there is no telling what a file from elsewhere holds
-                raise Error(f"{path} is of another run ({error}): resume each with its own checkpoint and code")
+            except (ValueError, TypeError, AttributeError) as error:
+                raise Error(f"{path} holds other networks ({error}): resume it with the code that wrote it")
             self.step = self.saved_step = self.bar.n = self.bar.initial = saved["step"]
         rows = read_rows(self.folder / "train.csv")
         self.diverged = {
@@ -296,11 +313,6 @@ class Run:
         keep_rows(self.folder / "eval.csv", lambda step: step in self.evaluated)
         keep_rows(self.folder / "episodes.csv", lambda step: step in self.evaluated)
         return jax.device_put(states, self.seeds_apart)
-
-    @property
-    def identity(self) -> dict:
-        """What a checkpoint must share with a run to be its own."""
-        return {"version": CHECKPOINT_VERSION, "algorithm": self.algo, "task": self.task.name} | self.values
 
     @property
     def evaluation_due(self) -> bool:
@@ -337,7 +349,7 @@ class Run:
         def play_episodes():
             with jax.default_device(cpu):
                 policies = functools.partial(act, states)
-                return evaluate(policies, self.environments, len(args.seeds), args.eval_episodes, args.eval_seed)
+                return evaluate(policies, self.environments, args.seeds, args.eval_episodes, args.eval_seed)
 
         self.evaluated.add(self.step)
         self.evaluation = self.step, time.monotonic(), set(self.diverged), self.thread.submit(play_episodes)
@@ -384,7 +396,7 @@ class Run:
         due = self.evaluation_due or self.stop or time.monotonic() - self.saved_time > 600
         if due and not self.evaluation and self.step > self.saved_step:
             states = flax.serialization.to_state_dict(jax.device_get(states))
-            saved = {"run": self.identity, "step": self.step, "states": states}
+            saved = {"run": identity(self.algo, self.args), "step": self.step, "states": states}
             content = flax.serialization.msgpack_serialize(saved)
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
             self.saved_step, self.saved_time = self.step, time.monotonic()

@@ -1,9 +1,11 @@
 """Evaluation: every episode once, from the same states, whoever plays it and wherever."""
 
-import multiprocessing
+import functools
 import os
+import signal
 import time
 
+import gymnasium
 import jax
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ def play_all(act, num_seeds, num_episodes, slots, workers, task=TASK, eval_seed=
     """The scores of the policies, from environments of their own."""
     environments = common.Environments(common.load_task(task), num_seeds * slots, workers)
     try:
-        return common.evaluate(act, environments, num_seeds, num_episodes, eval_seed)
+        return common.evaluate(act, environments, range(num_seeds), num_episodes, eval_seed)
     finally:
         environments.close()
 
@@ -87,7 +89,7 @@ def test_every_episode_is_played_once_and_scored_by_its_own_environment(monkeypa
             return answers
 
     fake = Fake()
-    scores = common.evaluate(lambda obs, keys: np.zeros((1, 3, 2)), fake, 1, 7)
+    scores = common.evaluate(lambda obs, keys: np.zeros((1, 3, 2)), fake, [5], 7)
     assert sorted(fake.started) == sorted(starts)
     np.testing.assert_array_equal(scores[0], [start % 97 for start in starts])
 
@@ -127,19 +129,57 @@ def test_an_episode_repeats_exactly():
     np.testing.assert_array_equal(*runs)
 
 
-@pytest.mark.parametrize("how", ["killed", "hangs", "fails"])
-def test_a_worker_that_fails_ends_the_evaluation_with_a_sentence(how):
-    environments = common.Environments(common.load_task("antmaze-large-navigate"), 2, 2)
-    environments.step({0: 1, 1: 2})
-    action = np.zeros(8)
-    if how == "killed":
-        environments.workers[1].kill()
-    elif how == "hangs":
-        os.kill(environments.workers[1].pid, 19)  # SIGSTOP
-    else:
-        action = np.zeros(3)  # of the wrong size
+FAULTS = {"killed": "EOFError|BrokenPipe|ConnectionReset", "hangs": "no answer in 2 s", "raises": "ValueError"}
+FAULTS |= {"nan reward": "not finite", "nan observation": "not finite"}
+
+
+class Faulty(gymnasium.Wrapper):
+    """An environment that fails `how` in the third step of every episode that starts from `seed`."""
+
+    def __init__(self, env, how, seed):
+        super().__init__(env)
+        self.how, self.faulty_seed = how, seed
+
+    def reset(self, seed):
+        self.steps, self.faulty = 0, seed == self.faulty_seed
+        return self.env.reset(seed=seed)
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward, *rest = self.env.step(action)
+        if self.faulty and self.steps == 3:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.how == "hangs":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif self.how == "raises":
+                raise ValueError("a fault")
+            elif self.how == "nan reward":
+                reward = np.nan
+            else:
+                obs = obs * np.nan
+        return obs, reward, *rest
+
+
+def play_faulty(connection, task, slots, how, seed):
+    """`common.play`, in a process where environments are faulty."""
+    make_env = common.make_env
+    common.make_env = lambda task: Faulty(make_env(task), how, seed)
+    common.play(connection, task, slots)
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_failing_episode_ends_the_evaluation_by_its_name(how, monkeypatch):
+    """Two seeds of three slots each in two workers. Each seed's episode 1 fails, that of seed 8 first."""
+    start = int(np.random.SeedSequence((0, 1)).generate_state(1)[0])
+    monkeypatch.setattr(common, "play", functools.partial(play_faulty, how=how, seed=start))
+    environments = common.Environments(common.load_task("antmaze-large-navigate"), 6, 2)
+    step = environments.step
+    step({slot: 1 for slot in range(6)})  # all are made: from here on each answer is quick
+    environments.step = functools.partial(step, patience=2)
+    act = lambda obs, keys: np.zeros((2, 3, 8), np.float32)
     begun = time.monotonic()
-    with pytest.raises(common.Error, match="evaluation failed"):
-        environments.step({0: np.zeros(8), 1: action}, patience=2)
+    with pytest.raises(common.Error, match=f"evaluation failed in episode 1 of seed 8 .*({FAULTS[how]})"):
+        common.evaluate(act, environments, (7, 8), 5)
     assert time.monotonic() - begun < 10
-    assert not multiprocessing.active_children() or not any(worker.is_alive() for worker in environments.workers)
+    assert not any(worker.is_alive() for worker in environments.workers)

@@ -160,7 +160,7 @@ def test_resume_refuses_what_is_not_its_own(whole, tmp_path, monkeypatch):
         ({"hidden_dims": [16, 17]}, r"its hidden_dims is \[16, 17\], this run's \[16, 16\]"),
         ({"seeds": [5, 7]}, r"its seeds is \[5, 7\], this run's \[5, 6\]"),
         ({"version": 0}, "its version is 0, this run's 1"),
-        ({"states": {"0": 1}}, "is of another run"),
+        ({"states": {"0": 1}}, "holds other networks"),
     ):
         write(**change)
         with pytest.raises(common.Error, match=f"{checkpoint} is of another run .*{sentence}|{checkpoint} {sentence}"):
