@@ -127,7 +127,7 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
     """
     given, name = {}, ""  # {field of an algorithm's Args: the flag and its values}
     for word in flags:
-        name = re.sub("^--(no-)?", "", word).replace("-", "_") if word.startswith("--") else name
+        name = re.sub("^--(no-)?|=.*", "", word).replace("-", "_") if word.startswith("--") else name
         given.setdefault(name, []).append(word)
     if "" in given:
         raise common.Error(f"{given[''][0]!r} belongs to no flag: behind -- stand flags of algos/*.py")
