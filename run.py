@@ -289,7 +289,9 @@ class Run:
                 raise Error(f"{path} is of another run ({error}): resume each with its own checkpoint and code")
             self.step = self.saved_step = self.bar.n = self.bar.initial = saved["step"]
         rows = read_rows(self.folder / "train.csv")
-        self.diverged = {int(row["seed"]) for row in rows if row.get("diverged") == "1" and int(row["step"]) <= self.step}
+        self.diverged = {
+            int(row["seed"]) for row in rows if row.get("diverged") == "1" and int(row["step"]) <= self.step
+        }
         rows = collections.Counter(int(row["step"]) for row in read_rows(self.folder / "eval.csv"))
         self.evaluated = {step for step in rows if rows[step] == len(self.args.seeds) and step <= self.step}
         keep_rows(self.folder / "train.csv", lambda step: step <= self.step)
