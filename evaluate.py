@@ -106,4 +106,5 @@ def evaluate_again(args: Args, run, act, states, task: common.Task, slots: int):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with jax.default_device(jax.devices("cpu")[0]):  # as in training, where it leaves the GPU to the updates
+        main(tyro.cli(Args))

@@ -29,7 +29,7 @@ import tyro
 
 import adroit
 import common
-from run import read_rows
+from run import ELSEWHERE, read_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent
 SEEDS = {8: (111, 222, 333, 444, 555, 666, 777, 888), 4: (11, 22, 33, 44)}  # the paper's: 8, and 4 for its ablations
@@ -64,7 +64,7 @@ figure8  num_target_samples=4  dmfql      ogbench  4      --num-target-samples 4
 figure8  num_target_samples=1  dmfql      ogbench  4      --num-target-samples 1
 """  # Table 3 has the deltas of the IQL columns, and all of these learn the same Q
 SPEED = read_rows(ROOT / "results" / "speed.csv")
-BYSTANDERS = ("resume", "track", "wandb_project_name", "capture_video", "num_workers")  # flags that change no number
+BYSTANDERS = ELSEWHERE - {"env_name", "dataset_path", "generate_episodes"}  # flags that change no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
     """
     given, name = {}, ""  # {field of an algorithm's Args: the flag and its values}
     for word in flags:
-        name = re.sub("^--(no-)?", "", word).replace("-", "_") if word.startswith("--") else name
+        name = re.sub("^--(no-)?|=.*", "", word).replace("-", "_") if word.startswith("--") else name
         given.setdefault(name, []).append(word)
     if "" in given:
         raise common.Error(f"{given[''][0]!r} belongs to no flag: behind -- stand flags of algos/*.py")

@@ -180,9 +180,7 @@ class Run:
         """Prepares a run of the algorithm in `file`: by `args`, each None replaced by the paper's value (see
         `resolve`), or, with `args.resume`, by the arguments of that run. Raises Error, before any training, if anything
         is impossible."""
-        if (
-            not jax.config.jax_compilation_cache_dir
-        ):  # a program that this machine has compiled before is read from there
+        if not jax.config.jax_compilation_cache_dir:  # what this machine compiles is kept
             cache = pathlib.Path("~/.cache/doal").expanduser() / platform.node()
             jax.config.update("jax_compilation_cache_dir", str(cache))
         algo, record = pathlib.Path(file).stem, None

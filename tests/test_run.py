@@ -95,6 +95,17 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path):
     assert not list(folder.glob("*.tmp"))
 
 
+def test_seeds_on_devices_of_their_own_give_the_same_numbers(whole, tmp_path):
+    """Of four devices, the two seeds take two: one each."""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    code, out, err = run_cli("dmfql", *SMALL, "--seeds", 5, 6, cwd=tmp_path, XLA_FLAGS=flags)
+    assert code == 0 and "  device  4 x cpu" in out, err
+    folder = folder_of(out, tmp_path)
+    for name in ("train.csv", "eval.csv", "episodes.csv"):
+        assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
+    assert_same(checkpoint_of(folder), checkpoint_of(whole[0]))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, whole, tmp_path):
     flags = [*SMALL, "--seeds", 5, 6]
