@@ -262,6 +262,7 @@ class Run:
         if self.tracking.is_alive():
             self.tracking.join(TRACKING_PATIENCE)
             if self.tracking.is_alive():
+                self.tracking = None  # what it has to say later comes too late
                 tell(f"warning: Weights & Biases did not take all: wandb sync {self.folder}/wandb/* sends the rest")
         self.lock.release()
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
@@ -456,4 +457,5 @@ class Run:
             for tracker in trackers:
                 tracker.finish(exit_code=rows)
         except Exception as error:
-            tell(f"warning: not tracked by Weights & Biases from here on ({error}): log in, or set WANDB_MODE=offline")
+            if self.tracking:
+                tell(f"warning: not tracked by Weights & Biases any more ({error}): log in, or set WANDB_MODE=offline")

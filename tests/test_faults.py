@@ -110,6 +110,7 @@ def test_training_does_not_wait_for_weights_and_biases(how, start_run, monkeypat
             raise OSError("host down")
         if how == f"{name} hangs":
             forever.wait(20)
+            raise OSError("timed out")
 
     tracker = types.SimpleNamespace(log=lambda *_, **__: call("log"), finish=lambda **_: call("finish"))
     tracker.define_metric = lambda *_, **__: None
@@ -127,6 +128,7 @@ def test_training_does_not_wait_for_weights_and_biases(how, start_run, monkeypat
         record.record_rows("eval", 100, [{"score": 5.0}], set())
     assert time.monotonic() - begun < 10
     forever.set()
+    time.sleep(0.1)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == (how != "not at all") and all("Weights & Biases" in line for line in warnings)
     assert len(rows_of(record.folder / "train.csv")) == 10 and len(rows_of(record.folder / "eval.csv")) == 1
