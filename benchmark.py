@@ -168,11 +168,8 @@ class Ours:
         dataset = common.Dataset(array(*obs), array(*action), array(), array(), array(*obs), array(*action))
         init = functools.partial(self.module.init, self.args, *sizes)
         states = jax.jit(jax.vmap(init))(jnp.arange(num_seeds, dtype=jnp.uint32))
-        mesh, axes = common.seed_mesh(num_seeds), jax.sharding.PartitionSpec
-        self.dataset = jax.device_put(dataset, jax.sharding.NamedSharding(mesh, axes()))
-        self.states = jax.device_put(
-            states, jax.sharding.NamedSharding(mesh, axes("seed") if mesh.size > 1 else axes())
-        )
+        apart, everywhere = common.shardings(num_seeds)
+        self.dataset, self.states = jax.device_put(dataset, everywhere), jax.device_put(states, apart)
         update = lambda state: self.module.update(self.args, self.dataset, state, None)
         self.floor = make_floor(update, jax.tree.map(lambda array: array[0], self.states))
         self.num_updates, self.num_seeds, self.eval_episodes = args.num_updates, num_seeds, args.eval_episodes

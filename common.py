@@ -333,6 +333,13 @@ def seed_mesh(num_seeds: int) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(jax.devices()[:devices], ("seed",))
 
 
+def shardings(num_seeds: int) -> tuple[jax.sharding.NamedSharding, jax.sharding.NamedSharding]:
+    """How arrays lie on the devices of `seed_mesh`: each has the states of some seeds, and all of the dataset."""
+    mesh, axes = seed_mesh(num_seeds), jax.sharding.PartitionSpec
+    everywhere = jax.sharding.NamedSharding(mesh, axes())
+    return jax.sharding.NamedSharding(mesh, axes("seed")) if mesh.size > 1 else everywhere, everywhere
+
+
 def for_each_seed(function: collections.abc.Callable, dataset: Dataset, states):
     """`function(dataset, state)` for each seed's state: `states` and the result are stacked along their first axis,
     [seeds, ...], which is sharded over the devices of `seed_mesh`.

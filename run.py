@@ -39,7 +39,7 @@ from common import (
     load_task,
     rendering_backend,
     resolve,
-    seed_mesh,
+    shardings,
     slots_per_seed,
 )
 
@@ -204,9 +204,8 @@ class Run:
         self.drawing = {"MUJOCO_GL": rendering_backend()} if args.capture_video else {}
         self.signals = {number: signal.signal(number, leave_before_training) for number in SIGNALS}
         dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
-        mesh, axes = seed_mesh(len(args.seeds)), jax.sharding.PartitionSpec
-        self.dataset = jax.device_put(dataset, jax.sharding.NamedSharding(mesh, axes()))  # each device has all data
-        self.seeds_apart = jax.sharding.NamedSharding(mesh, axes("seed") if mesh.size > 1 else axes())
+        self.sharding, everywhere = shardings(len(args.seeds))
+        self.dataset = jax.device_put(dataset, everywhere)
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         versions = {name: installed.get(name) for name in PACKAGES}
         if not record:
@@ -313,7 +312,7 @@ class Run:
         keep_rows(self.folder / "train.csv", lambda step: step <= self.step)
         keep_rows(self.folder / "eval.csv", lambda step: step in self.evaluated)
         keep_rows(self.folder / "episodes.csv", lambda step: step in self.evaluated)
-        return jax.device_put(states, self.seeds_apart)
+        return jax.device_put(states, self.sharding)
 
     @property
     def evaluation_due(self) -> bool:

@@ -47,7 +47,8 @@ def make_states(name, args, dataset):
     """The states of all seeds before the first update."""
     obs_dim, action_dim = dataset.obs.shape[-1], dataset.action.shape[-1]
     init = functools.partial(load_algo(name).init, args, obs_dim, action_dim)
-    return jax.jit(jax.vmap(init))(jnp.array(args.seeds, jnp.uint32))
+    states = jax.jit(jax.vmap(init))(jnp.array(args.seeds, jnp.uint32))
+    return jax.device_put(states, common.shardings(len(args.seeds))[0])
 
 
 def assert_same(found, expected, assert_equal=np.testing.assert_array_equal):

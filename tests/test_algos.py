@@ -3,11 +3,14 @@
 import ast
 import collections
 import difflib
+import functools
 
 import jax
 import numpy as np
 import pytest
 from conftest import ALGOS, FULLEST, PAIRS, ROOT, assert_same, load_algo, make_states, small_args
+
+import common
 
 # Definitions that differ from file to file, because there the algorithms do; all others are the same wherever they
 # stand. The IQL family has a network more, V; fql has one more, its flow; rebrac has a target more, and updates that
@@ -66,10 +69,21 @@ def test_a_seed_is_the_same_alone_and_among_others(name, dataset):
     together, alone = small_args(name, seeds=(7, 8, 9)), small_args(name, seeds=(8,))
     states, metrics = load_algo(name).train(together, 10, dataset, make_states(name, together, dataset))
     state, metric = load_algo(name).train(alone, 10, dataset, make_states(name, alone, dataset))
-    close = lambda a, b: np.testing.assert_allclose(a[1], b[0], rtol=1e-3, atol=1e-5)
-    assert_same((states, metrics), (state, metric), close)
+    assert_same((states, metrics), (state, metric), lambda a, b: np.testing.assert_array_equal(a[1], b[0]))
     leaves = jax.tree.leaves(states.actor.params)
     assert any((np.asarray(leaf)[0] != np.asarray(leaf)[1]).any() for leaf in leaves)  # the seeds differ
+
+
+@pytest.mark.parametrize("name", ["dmfrebrac", "rebrac"])
+def test_seeds_in_one_batch_as_on_a_gpu_give_the_same_numbers(name, dataset, monkeypatch):
+    algo, args = load_algo(name), small_args(name, seeds=(7, 8))
+    one_after_another = jax.device_get(algo.train(args, 10, dataset, make_states(name, args, dataset)))
+    algo.train.clear_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr(common.jax, "default_backend", lambda: "gpu")
+        batch = algo.train(args, 10, dataset, make_states(name, args, dataset))
+    algo.train.clear_cache()
+    assert_same(batch, one_after_another, functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5))
 
 
 @pytest.mark.parametrize("name", FULLEST)
