@@ -271,7 +271,7 @@ def launch(runs: list[Run], args: Args) -> list[Run]:
             if waiting and not stopped:
                 run = waiting.pop(0)
                 running[slot] = run, submit(run, args, slot)
-                print(f"start    {name_of(run)}\n         {running[slot][1].paths.stdout}", flush=True)
+                print(f"start            {name_of(run)}\n                 {running[slot][1].paths.stdout}", flush=True)
         for slot, (run, job) in list(running.items()):
             if job.done():
                 del running[slot]
@@ -283,7 +283,7 @@ def launch(runs: list[Run], args: Args) -> list[Run]:
                 else:
                     state, lines = "FAILED", re.split("[\r\n]+", (job.stderr() or "").strip())
                     failed.append(run)
-                print(f"{state:9}{name_of(run)}\n         {' '.join(lines[-1:])}", flush=True)
+                print(f"{state:17}{name_of(run)}\n                 {' '.join(lines[-1:])}", flush=True)
         if signal.sigtimedwait({signal.SIGINT}, 0.5):
             print("stopping: what runs saves first, and the same command goes on", flush=True)
             stopped = True
@@ -314,7 +314,7 @@ def main(args: Args, flags: list[str]):
     states = {run: state_of(run) for run in runs}
     todo = [run for run in runs if states[run] not in ("finished", "running")]
     for run in runs:
-        print(f"{states[run]:16} {hours(run):6.1f} h  {name_of(run)}")
+        print(f"{states[run]:17}{hours(run):6.1f} h  {name_of(run)}")
     where = f"on this machine, {args.jobs or 1} at a time" if args.cluster == "local" else "as jobs of SLURM"
     print(f"{len(todo)} of {len(runs)} runs to do {where}")
     print(

@@ -131,8 +131,8 @@ def folder(tmp_path_factory):
     process = start()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1 and err == "error: 1 of 2 runs failed: their logs are in runs/.jobs\n"
-    assert "cut off at" in out and "FAILED   mfql --env-name door-expert-v1" in out
-    assert "error: pen.hdf5 is not D4RL's door data" in out and "finished mfql --env-name pen-expert-v1" in out
+    assert "cut off at" in out and "FAILED           mfql --env-name door-expert-v1" in out
+    assert "error: pen.hdf5 is not D4RL's door data" in out and "finished         mfql --env-name pen-expert-v1" in out
     command.insert(2, "--dry-run")
     out, _ = start().communicate(timeout=60)
     assert out.startswith("finished ") and "\nnew " in out and "1 of 2 runs to do" in out
