@@ -214,7 +214,7 @@ def label(cells: list[Cell]) -> str:
     settings = [dict.fromkeys(cell.about["reduced"].split()) for cell in cells]
     shared = [text for text in settings[0] if all(text in others for others in settings)]
     rest = [text for text in dict.fromkeys(text for others in settings for text in others) if text not in shared]
-    reduced = ", ".join([*shared, *(f"in some columns {text}" for text in rest)])
+    reduced = ", ".join([*shared, *(f"in some cells {text}" for text in rest)])
     data = dict.fromkeys(
         f"{cell.about['data']} data ({int(cell.about['transitions']):,} transitions)" for cell in cells
     )
@@ -236,10 +236,12 @@ def markdown(cells: dict, entries: list[dict], table: str) -> str:
                 text += f"<br>paper {entry['paper']}{difference}"
             lines[-1].append(text)
     for name, family in families(tasks):
-        sums = [sum(entries[task, c]["mean"] if (task, c) in entries else np.nan for task in family) for c in columns]
-        lines.append(
-            [f"sum of {len(family)} {name} tasks", *("" if np.isnan(total) else f"{total:.0f}" for total in sums)]
-        )
+        lines.append([f"sum of {len(family)} {name} tasks"])
+        for column in columns:
+            parts = [entries[task, column] for task in family if (task, column) in entries]
+            total = sum(part["mean"] for part in parts) if len(parts) == len(family) else np.nan
+            paper = all(part["paper"] for part in parts) and sum(float(part["paper"].split()[0]) for part in parts)
+            lines[-1].append("" if np.isnan(total) else f"{total:.0f}{f'<br>paper {paper:.0f}' if paper else ''}")
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"### {TITLES[table]}\n\n{label([cells[key] for key in cells if key[0] == table])}\n\n{text}\n"
 
@@ -263,13 +265,14 @@ def norm_markdown(cells: dict) -> str:
     """Table 3: the mean over a run of mean||grad_a Q||, and the step that delta makes of it."""
     paper = {(row["table"], row["task"]): row["mean"] for row in read_rows(ROOT / "results" / "paper.csv")}
     lines = [["task", "column", "mean gradient norm", "alpha", "delta", "delta / norm", "paper's norm"], ["---"] * 7]
-    shown = {key: cell for key, cell in cells.items() if not np.isnan(cell.norms).all()}
-    for (table, task, column), cell in shown.items():
+    logged = {key: cell for key, cell in cells.items() if not np.isnan(cell.norms).all()}
+    shown = {cell.about["run"]: (key, cell) for key, cell in logged.items()}  # Table 3's are Table 1's runs, too
+    for (table, task, column), cell in shown.values():
         norm, delta = cell.norms.mean(), float(cell.about["delta"])
         numbers = [f"{norm:.3g}", f"{float(cell.about['alpha']):g}", f"{delta:g}", f"{delta / norm:.2g}"]
         lines.append([task, column, *numbers, paper.get((table, task), "") if table == "table3" else ""])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"### Mean gradient norm of the critics (Table 3)\n\n{label(list(shown.values()))}\n\n{text}\n"
+    return f"### Mean gradient norm of the critics (Table 3)\n\n{label(list(logged.values()))}\n\n{text}\n"
 
 
 def aggregate(cells: dict, table: str) -> list[dict]:
