@@ -31,6 +31,7 @@ from run import read_rows
 
 matplotlib.use("agg")  # draws files, not windows
 matplotlib.rcParams["svg.hashsalt"] = "doal"  # the same picture is the same file
+matplotlib.rcParams["legend.framealpha"] = 0
 PAIRS = [("iql", "diql"), ("ifql", "difql"), ("trigflow", "dtrigflow"), ("mfql", "dmfql"), ("mfrebrac", "dmfrebrac")]
 TITLES = {
     "table1": "Table 1: IQL-based",
