@@ -125,16 +125,16 @@ def folder(tmp_path_factory):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "stopped at update" in out, (out, err)
     assert 2 <= len(rows_of(evals[0])) < 20
     process = start()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err == "error: 1 of 2 runs failed: their logs are in runs/.jobs\n"
     assert "cut off at" in out and "FAILED           mfql --env-name door-expert-v1" in out
     assert "error: pen.hdf5 is not D4RL's door data" in out and "finished         mfql --env-name pen-expert-v1" in out
     command.insert(2, "--dry-run")
-    out, _ = start().communicate(timeout=60)
+    out, _ = start().communicate(timeout=300)
     assert out.startswith("finished ") and "\nnew " in out and "1 of 2 runs to do" in out
     (folder,) = cwd.glob("runs/pen-expert-v1/mfql/*")
     return folder
