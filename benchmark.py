@@ -31,6 +31,7 @@ import os
 import pathlib
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -355,13 +356,17 @@ def draw(rows: list[dict], path: pathlib.Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(1.5 + 1.4 * len(rows), 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(2 + 0.8 * len(rows), 3.4), layout="constrained")
     kinds = [("official", "official FQL code", "#999999"), ("ours", "ours", "#1f6fb4"), ("floor", "floor", "#d9e6f2")]
     for offset, (kind, label, color) in enumerate(kinds):
         heights = [row["updates_per_second"].get(kind, 0) for row in rows]
         bars = axes.bar([i + 0.27 * (offset - 1) for i in range(len(rows))], heights, 0.25, label=label, color=color)
-        axes.bar_label(bars, [f"{height:.3g}" if height else "" for height in heights], fontsize=8)
-    axes.set_xticks(range(len(rows)), [f"{row['algo']}\n{row['num_seeds']} seed(s)" for row in rows])
+        axes.bar_label(bars, [f"{height:.3g}" if height else "" for height in heights], fontsize=7)
+    axes.set_xticks(
+        range(len(rows)),
+        [f"{row['algo']}\n{row['num_seeds']} seed{'s' * (row['num_seeds'] > 1)}" for row in rows],
+        fontsize=8,
+    )
     axes.set_ylabel("updates of one seed per second")
     axes.set_title(f"{rows[0]['env_name']} sizes, {rows[0]['device']}, {machine()}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -391,7 +396,11 @@ def main(args: Args):
             print(f"{text}; first call {row['first_call_seconds']:.1f} s, peak memory {memory:.1f} GB", flush=True)
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"date": f"{datetime.datetime.now():%Y-%m-%d}", "machine": machine(), "command": sys.argv[1:]}
+    about = {
+        "date": f"{datetime.datetime.now():%Y-%m-%d}",
+        "machine": machine(),
+        "command": shlex.join(["python", "benchmark.py", *sys.argv[1:]]),
+    }
     out.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1))
     draw(rows, out.with_suffix(".png"))
     print(f"written: {out.with_suffix('.json')}, {out.with_suffix('.png')}")

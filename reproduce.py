@@ -63,7 +63,7 @@ figure7  alpha=1               dmfql      ogbench  4      --alpha 1
 figure8  num_target_samples=4  dmfql      ogbench  4      --num-target-samples 4
 figure8  num_target_samples=1  dmfql      ogbench  4      --num-target-samples 1
 """  # Table 3 has the deltas of the IQL columns, and all of these learn the same Q
-SPEED = read_rows(ROOT / "results" / "speed.csv")
+BENCHMARK = json.loads((ROOT / "results" / "benchmark.json").read_text())
 BYSTANDERS = ELSEWHERE - {"env_name", "dataset_path", "generate_episodes"}  # flags that change no number
 
 
@@ -297,15 +297,16 @@ def launch(runs: list[Run], args: Args) -> list[Run]:
 
 
 def hours(run: Run) -> float:
-    """About how long a run takes on two cores, without its evaluations.
+    """About how long a run takes on the machine of results/benchmark.json, without its evaluations.
 
-    From results/speed.csv, the milliseconds of an update of one seed at the paper's sizes (the fastest of several
-    timings), by the run's updates, seeds, batch and weights.
+    From the updates per second of one seed at the paper's sizes that benchmark.py measured there, by the run's updates,
+    seeds, batch and weights.
     """
-    args, (paper,) = json.loads(run.args), {row["milliseconds"] for row in SPEED if row["algorithm"] == run.algo}
+    speeds = {row["algo"]: row["updates_per_second"]["ours"] for row in BENCHMARK["rows"]}
+    args = json.loads(run.args)
     weights = sum(a * b for a, b in itertools.pairwise(args["hidden_dims"]))
     scale = args["batch_size"] / 256 * max(weights / (3 * 512 * 512), 0.02)  # small networks cost their overhead
-    return float(paper) * scale * args["num_updates"] * len(args["seeds"]) / 3.6e6
+    return scale * args["num_updates"] * len(args["seeds"]) / speeds[run.algo] / 3600
 
 
 def main(args: Args, flags: list[str]):
@@ -317,9 +318,8 @@ def main(args: Args, flags: list[str]):
         print(f"{states[run]:17}{hours(run):6.1f} h  {name_of(run)}")
     where = f"on this machine, {args.jobs or 1} at a time" if args.cluster == "local" else "as jobs of SLURM"
     print(f"{len(todo)} of {len(runs)} runs to do {where}")
-    print(
-        f"about {sum(map(hours, todo)):.1f} h in all on the two cores (AMD EPYC) that results/speed.csv was measured on"
-    )
+    total = sum(map(hours, todo))
+    print(f"about {total:.1f} h in all, on the machine of results/benchmark.json ({BENCHMARK['machine']})")
     if not args.dry_run and (failed := launch(todo, args)):
         raise common.Error(f"{len(failed)} of {len(todo)} runs failed: their logs are in runs/.jobs")
 
