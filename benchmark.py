@@ -80,23 +80,37 @@ def seconds(function, *args) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- the floor of an update
-def products(jaxpr, count=1) -> collections.Counter:
-    """The matrix products that a jaxpr asks for: {(left shape, right shape, dimension numbers): how many}."""
-    import jax
+def products(closed, inputs: list, share=1.0) -> tuple[dict, list]:
+    """The matrix products of a jaxpr, {name: (left shape, right shape, dimension numbers, how many)}, and the names of
+    its results, given those of its inputs.
 
-    found = collections.Counter()
+    A name says how a value is made, so what the algorithm's text asks for twice, like Q(s, a) in a loss and again in
+    DOAL's gradient, is one product, as it is to the compiler. The branches of a condition are taken equally often.
+    """
+    from jax.extend.core import ClosedJaxpr, Literal
+
+    jaxpr, found = closed.jaxpr, {}
+    names = dict(zip(jaxpr.invars, inputs)) | {v: id(value) for v, value in zip(jaxpr.constvars, closed.consts)}
+    name_of = lambda variable: hash(str(variable)) if isinstance(variable, Literal) else names[variable]
     for equation in jaxpr.eqns:
+        arguments, results = [name_of(variable) for variable in equation.invars], None
+        parts = [part for part in equation.params.values() if isinstance(part, ClosedJaxpr)]
+        taken, given = share, arguments
+        if equation.primitive.name == "cond":
+            parts, given = equation.params["branches"], arguments[1:]
+            taken = share / len(parts)
+        for part in parts:
+            inner, results = products(part, given, taken)
+            found |= inner
+        if equation.primitive.name == "cond" or not parts:
+            plain = {key: value for key, value in equation.params.items() if key != "branches"}
+            made = hash((equation.primitive.name, str(plain), *arguments))
+            results = [hash((made, i)) for i in range(len(equation.outvars))]
         if equation.primitive.name == "dot_general":
             left, right = (variable.aval.shape for variable in equation.invars)
-            found[left, right, equation.params["dimension_numbers"]] += count
-        if equation.primitive.name == "cond":  # rebrac's two branches: as often the one as the other
-            inner = [(branch.jaxpr, count / len(equation.params["branches"])) for branch in equation.params["branches"]]
-        else:
-            inner = [(p.jaxpr, count) for p in equation.params.values() if isinstance(p, jax.extend.core.ClosedJaxpr)]
-            inner += [(p, count) for p in equation.params.values() if isinstance(p, jax.extend.core.Jaxpr)]
-        for part, times in inner:
-            found.update(products(part, times))
-    return found
+            found[results[0]] = left, right, equation.params["dimension_numbers"], share
+        names.update(zip(equation.outvars, results))
+    return found, [name_of(variable) for variable in jaxpr.outvars]
 
 
 def flops(left, right, dimension_numbers) -> int:
@@ -106,16 +120,17 @@ def flops(left, right, dimension_numbers) -> int:
 
 
 class Floor(NamedTuple):
-    """What an update cannot do without, as two programs that do it 20 times."""
+    """What an update cannot do without, as programs that do it 20 times."""
 
-    dots: Callable  # every matrix product; those that need not wait for each other do not
-    bytes: Callable  # the memory traffic of Adam and the targets
+    programs: list[
+        Callable
+    ]  # all matrix products, which do not wait for each other; the memory traffic of Adam, targets
     gflop: float  # per update
     megabytes: float  # per update
 
     def seconds(self) -> float:
         """How long an update would take at the rates that the machine reaches on these."""
-        return (seconds(self.dots) + seconds(self.bytes)) / 20
+        return sum(map(seconds, self.programs)) / 20
 
 
 def make_floor(update, state) -> Floor:
@@ -124,26 +139,31 @@ def make_floor(update, state) -> Floor:
     import jax.numpy as jnp
     from flax.training.train_state import TrainState
 
-    found = products(jax.make_jaxpr(update)(state).jaxpr)
-    dots = [(shapes, i) for shapes, count in found.items() for i in range(max(1, round(count)))]
-    rights = [jnp.ones(right) for (_, right, _), _ in dots]
+    def dots(products, times):
+        """Does each of `products`, so many times."""
+        lefts, rights, numbers = zip(*products)
+        rights = [jnp.ones(right) for right in rights]
 
-    def all_dots(_, lefts):
-        results = [jax.lax.dot_general(left, right, numbers) for left, right, ((_, _, numbers), _) in
-                   zip(lefts, rights, dots)]  # fmt: skip
-        # by a single number, the next round waits for this one
-        return [left.at[(0,) * left.ndim].set(result.ravel()[0]) for left, result in zip(lefts, results)]
+        def all_dots(_, lefts):
+            results = map(jax.lax.dot_general, lefts, rights, numbers)
+            # by a single number, the next round waits for this one
+            return [left.at[(0,) * left.ndim].set(result.ravel()[0]) for left, result in zip(lefts, results)]
 
+        program = jax.jit(lambda lefts: jax.lax.fori_loop(0, times, all_dots, lefts))
+        return functools.partial(program, [jnp.zeros(left) for left in lefts])
+
+    closed = jax.make_jaxpr(update)(state)
+    found = products(closed, list(range(len(closed.jaxpr.invars))))[0].values()
+    shares = sorted({share for *_, share in found})
+    programs = [dots([product for *product, share in found if share == s], round(20 * s)) for s in shares]
     networks = [part for part in state if isinstance(part, TrainState)]
     targets = [part for part in state if isinstance(part, dict)]
     size = lambda parts: sum(array.size for array in jax.tree.leaves(parts))
     moved = 4 * (7 * sum(size(network.params) for network in networks) + 3 * size(targets))
     stream = jnp.ones(moved // 12)  # of three accesses, one writes
-    lefts = [jnp.zeros(left) for (left, _, _), _ in dots]
-    run_dots = jax.jit(lambda lefts: jax.lax.fori_loop(0, 20, all_dots, lefts))
     run_bytes = jax.jit(lambda x, y: jax.lax.fori_loop(0, 20, lambda _, x: 0.5 * x + y, x))
-    total = sum(count * flops(*shapes) for shapes, count in found.items())
-    return Floor(lambda: run_dots(lefts), lambda: run_bytes(stream, stream + 1), total / 1e9, moved / 1e6)
+    programs.append(functools.partial(run_bytes, stream, stream + 1))
+    return Floor(programs, sum(share * flops(*product) for *product, share in found) / 1e9, moved / 1e6)
 
 
 # --------------------------------------------------------------------------------------------------- the contestants

@@ -1,0 +1,39 @@
+"""The floor that benchmark.py measures against counts every matrix product of an update."""
+
+import jax
+import jax.numpy as jnp
+from conftest import load_algo, make_states, small_args
+
+import benchmark
+
+
+def count(function, *args):
+    """FLOPs of the matrix products of `function(*args)`."""
+    closed = jax.make_jaxpr(function)(*args)
+    found, _ = benchmark.products(closed, list(range(len(closed.jaxpr.invars))))
+    return sum(share * benchmark.flops(*product) for *product, share in found.values())
+
+
+def test_a_product_is_counted_once_and_half_in_a_condition():
+    x, y = jnp.ones((3, 4)), jnp.ones((4, 4))
+    one = 2 * 3 * 4 * 4
+    assert count(lambda x, y: (x @ y) @ y, x, y) == 2 * one
+    assert count(lambda x, y: (jax.nn.gelu(x @ y), jax.nn.gelu(x @ y) @ y), x, y) == 2 * one
+    assert count(lambda x, y: x @ y + (2 * x) @ y, x, y) == 2 * one
+    assert count(lambda x, y: jax.lax.cond(x.sum() > 0, lambda: x @ y, lambda: x), x, y) == one / 2
+    batch = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
+    assert count(lambda x, y: jnp.einsum("bij,bjk->bik", x, y), *batch) == 2 * 2 * 3 * 4 * 5
+
+
+def test_the_floor_counts_every_pass_of_every_network(dataset):
+    """iql: the actor, V and both critics forward and backward; V(s') and both target critics forward. What AWR weighs
+    by, V(s) and Q(s, a), is in the losses of V and the critics already."""
+    args = small_args("iql")
+    state = jax.tree.map(lambda array: array[0], make_states("iql", args, dataset))
+    obs_dim, action_dim = dataset.obs.shape[-1], dataset.action.shape[-1]
+    shapes = (obs_dim, action_dim), (obs_dim, 1), (obs_dim + action_dim, 1)
+    layers = lambda *dims: [2 * 32 * a * b for a, b in zip(dims, dims[1:])]  # small_args: a batch of 32, 24 and 16 wide
+    actor, value, critic = (layers(inputs, 24, 16, outputs) for inputs, outputs in shapes)
+    trained = lambda layers: sum(layers) + sum(layers) + sum(layers[1:])  # forward; back to weights; back to inputs
+    expected = trained(actor) + trained(value) + 2 * trained(critic) + sum(value) + 2 * sum(critic)
+    assert count(lambda state: load_algo("iql").update(args, dataset, state, None), state) == expected
