@@ -11,9 +11,9 @@ code is used as its main.py does: numpy batches, one call per update, and its ow
 (distrax, ml_collections) must be installed beside ours.
 
 The floor of an update is what arithmetic alone would take: every matrix product that `update` asks for, timed in a
-program that does nothing else (what two losses both ask for counts once), and the bytes that Adam (7 arrays per network: parameters and both moments read and
-written, gradients read) and the targets (3) must move, at the bandwidth measured on an array of that size. What lies
-above it is activations, layer norms, sampling and waiting.
+program that does nothing else (what two losses both ask for counts once), and the bytes that Adam (7 arrays per
+network: parameters and both moments read and written, gradients read) and the targets (3) must move, at the bandwidth
+measured on an array of that size. What lies above it is activations, layer norms, sampling and waiting.
 
 Writes <out>.json and <out>.png.
 """
