@@ -207,7 +207,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
         base = adroit.DATASET_URL if task.adroit else importlib.import_module("ogbench.utils").DATASET_URL
         source, path = "published", folder / (task.dataset + (".hdf5" if task.adroit else ".npz"))
         make = lambda: download(f"{base}/{path.name}", path)
-    record, lock = path.with_name(f"{path.name}.sha256"), path.with_name(f"{path.name}.lock")
+    record, lock = pathlib.Path(f"{path}.sha256"), pathlib.Path(f"{path}.lock")
     if make and not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, TASK, assert_same, load_algo, run_cli
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_run import record_episodes
 
@@ -159,6 +159,9 @@ FLAGS = [field.name.replace("_", "-") for field in dataclasses.fields(load_algo(
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(flags=st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=3)), max_size=4))
+@example(flags=[("dataset-path", [""])])
+@example(flags=[("dataset-path", ["/"])])
+@example(flags=[("resume", [""])])
 def test_no_flags_give_a_traceback(flags, tmp_path, monkeypatch):
     """Whatever is given, the end is an exit with a sentence; data cannot be had here, so no run begins."""
 
