@@ -270,9 +270,9 @@ class Run:
             self.print_score()
         if kind is None and self.args.capture_video:  # in a process of its own: MuJoCo reads MUJOCO_GL when imported
             film = [sys.executable, str(pathlib.Path(__file__).with_name("evaluate.py")), str(self.folder)]
-            subprocess.run(
-                [*film, "--capture-video"], env=os.environ | self.drawing | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            )
+            drawing = os.environ | self.drawing | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            if subprocess.run([*film, "--capture-video"], env=drawing).returncode:
+                raise Error(f"the run is finished, in {self.folder}, but could not be filmed: see above")
 
     def print_banner(self):
         """Says what is about to run: task, data, values, device, folder."""
