@@ -136,6 +136,13 @@ def test_training_does_not_wait_for_weights_and_biases(how, start_run, monkeypat
         assert calls == ["init", *["log"] * 11, "finish"]
 
 
+def test_a_film_that_fails_is_an_error(start_run, monkeypatch):
+    monkeypatch.setattr(run, "rendering_backend", lambda: "osmesa")
+    monkeypatch.setattr(run.Run, "print_score", lambda _: None)
+    with pytest.raises(common.Error, match="could not be filmed"), start_run(capture_video=True):
+        monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=1))
+
+
 # ----------------------------------------------------------------------------------------------------- command line
 PATHS = [
     "",
