@@ -255,8 +255,10 @@ class Official:
         from agents import agents
         from utils.datasets import Dataset
 
+        flags = os.environ.get("XLA_FLAGS", "")
         import common
 
+        os.environ["XLA_FLAGS"] = flags  # without those of common: the FQL code as it is
         self.env = common.make_env(common.load_task(args.env_name))
         self.config = importlib.import_module(f"agents.{algo}").get_config()
         draw = np.random.default_rng(0).uniform

@@ -1,7 +1,10 @@
 """The floor that benchmark.py measures against counts every matrix product of an update."""
 
+import re
+
 import jax
 import jax.numpy as jnp
+import pytest
 from conftest import load_algo, make_states, small_args
 
 import benchmark
@@ -37,3 +40,15 @@ def test_the_floor_counts_every_pass_of_every_network(dataset):
     trained = lambda layers: sum(layers) + sum(layers) + sum(layers[1:])  # forward; back to weights; back to inputs
     expected = trained(actor) + trained(value) + 2 * trained(critic) + sum(value) + 2 * sum(critic)
     assert count(lambda state: load_algo("iql").update(args, dataset, state, None), state) == expected
+
+
+@pytest.mark.parametrize("name", ["iql", "diql"])
+def test_what_two_losses_ask_for_is_computed_once(name, dataset):
+    """Q(s, a) and V(s), for their own losses and for the weight of AWR: by common.XLA_FLAGS."""
+    args = small_args(name)
+    state = jax.tree.map(lambda array: array[0], make_states(name, args, dataset))
+    update = lambda state: load_algo(name).update(args, dataset, state, None)
+    closed = jax.make_jaxpr(update)(state)
+    asked, _ = benchmark.products(closed, list(range(len(closed.jaxpr.invars))))
+    computed = re.findall(r" dot\(", jax.jit(update).lower(state).compile().as_text())
+    assert len(asked) / 2 < len(computed) <= len(asked)

@@ -2,7 +2,10 @@
 
 import functools
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import gymnasium
@@ -183,3 +186,36 @@ def test_a_failing_episode_ends_the_evaluation_by_its_name(how, monkeypatch):
         common.evaluate(act, environments, (7, 8), 5)
     assert time.monotonic() - begun < 10
     assert not any(worker.is_alive() for worker in environments.workers)
+
+
+def play_slowly(connection, task, slots):
+    """`common.play`, where a step takes a second of the time in which the process runs."""
+    step = common.Slots.step
+    common.Slots.step = lambda self, commands: [time.sleep(0.01) for _ in range(100)] and step(self, commands)
+    common.play(connection, task, slots)
+
+
+def wait_for_a_slow_answer():
+    """The main program of the test below."""
+    common.play = play_slowly
+    environments = common.Environments(common.load_task("antmaze-large-navigate"), 1, 1)
+    environments.step({0: 1})
+    print("made", flush=True)
+    environments.step({0: np.zeros(8, np.float32)}, patience=3)
+    environments.close()
+
+
+def test_time_in_which_all_is_suspended_does_not_count():
+    """As on a laptop that is shut for longer than a run waits for an answer."""
+    command = [sys.executable, "-c", "import test_evaluation; test_evaluation.wait_for_a_slow_answer()"]
+    process = subprocess.Popen(
+        command, cwd=pathlib.Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "made\n", process.communicate()
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
