@@ -3,7 +3,8 @@
     python benchmark.py --algos dmfrebrac                        # 1 seed and 8
     python benchmark.py --algos iql ifql fql rebrac --num-seeds 1 --fql-dir ../fql
     python benchmark.py --algos ifql fql --num-seeds 1 --fql-dir ../fql --eval-episodes 50
-    python benchmark.py --algos dmfrebrac --run-updates 50000    # whole runs, too: start-up, training, evaluation
+    python benchmark.py --algos dmfrebrac --run-updates 50000    # whole runs, too: start-up, training, evaluation,
+                                                                 # from which those of 1M updates are reckoned
 
 Every contestant is a process of its own, and they take turns, so that all meet the machine in the same moods. Data are
 random numbers of the task's shapes, in the published number; nothing that is timed depends on their values. The FQL
@@ -65,7 +66,7 @@ class Args:
     fql_eval_episodes: int = 5
     """episodes of FQL's evaluation loop, before and again after ours"""
     run_updates: int = 0
-    """updates of a whole run from the command line, evaluated at each tenth (0: none)"""
+    """updates of a whole run from the command line, evaluated at each tenth on eval_episodes, or 50 (0: no such run)"""
     out: str = "results/benchmark"
     """where to write, without the ending"""
 
@@ -341,6 +342,8 @@ def compare(algo: str, num_seeds: int, args: Args) -> dict:
         process.shutdown()
     if args.run_updates:
         row["run_updates"], row["run_seconds"] = args.run_updates, whole_run(algo, num_seeds, args)
+        rest = (1_000_000 - args.run_updates) * num_seeds / row["updates_per_second"]["ours"]
+        row["million_seconds"] = row["run_seconds"] + rest  # of which the evaluations' are in the first
     return row
 
 
@@ -352,14 +355,9 @@ def spread(values: list[float]) -> dict:
 def whole_run(algo: str, num_seeds: int, args: Args) -> float:
     """Seconds of a run from the command line, on 10 generated episodes, start-up and evaluations included."""
     command = [sys.executable, str(ROOT / "algos" / f"{algo}.py"), "--env-name", args.env_name]
-    command += [
-        "--num-updates",
-        str(args.run_updates),
-        "--generate-episodes",
-        "10",
-        "--seeds",
-        *map(str, range(num_seeds)),
-    ]
+    command += ["--generate-episodes", "10", "--num-updates", str(args.run_updates)]
+    command += ["--eval-episodes", str(args.eval_episodes)] if args.eval_episodes else []
+    command += ["--seeds", *map(str, range(num_seeds))]
     begun = time.perf_counter()
     subprocess.run(command, check=True)
     return time.perf_counter() - begun
@@ -414,6 +412,7 @@ def main(args: Args):
                 text += ", {median:.2f} x FQL's loop ({min:.2f} to {max:.2f})".format(**row["eval_speedup"])
             if "run_seconds" in row:
                 text += f"; run of {args.run_updates:,} updates {row['run_seconds']:.0f} s"
+                text += f", so of 1,000,000 {row['million_seconds'] / 60:.0f} min"
             memory = row["peak_device_gigabytes"] or row["peak_gigabytes"]
             print(f"{text}; first call {row['first_call_seconds']:.1f} s, peak memory {memory:.1f} GB", flush=True)
     out = pathlib.Path(args.out)
