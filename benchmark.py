@@ -14,7 +14,8 @@ code is used as its main.py does: numpy batches, one call per update, and its ow
 The floor of an update is what arithmetic alone would take: every matrix product that `update` asks for, timed in a
 program that does nothing else (what two losses both ask for counts once), and the bytes that Adam (7 arrays per
 network: parameters and both moments read and written, gradients read) and the targets (3) must move, at the bandwidth
-measured on an array of that size. What lies above it is activations, layer norms, sampling and waiting.
+measured on an array of that size. What lies above it is activations, layer norms, sampling and waiting. That of an
+evaluation is the environment's steps, spread over all cores, and the policy's matrix products.
 
 Writes <out>.json and <out>.png.
 """
@@ -36,6 +37,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -120,51 +122,62 @@ def flops(left, right, dimension_numbers) -> int:
     return 2 * math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in (*contracted, *batch))
 
 
-class Floor(NamedTuple):
-    """What an update cannot do without, as programs that do it 20 times."""
+def dots(products: list, times: int) -> Callable:
+    """A program that does each of `products` (left shape, right shape, dimension numbers) so many times; they do not
+    wait for each other."""
+    import jax
+    import jax.numpy as jnp
 
-    programs: list[
-        Callable
-    ]  # all matrix products, which do not wait for each other; the memory traffic of Adam, targets
-    gflop: float  # per update
-    megabytes: float  # per update
+    lefts, rights, numbers = zip(*products)
+    rights = [jnp.ones(right) for right in rights]
+
+    def all_dots(_, lefts):
+        results = map(jax.lax.dot_general, lefts, rights, numbers)
+        # by a single number, the next round waits for this one
+        return [left.at[(0,) * left.ndim].set(result.ravel()[0]) for left, result in zip(lefts, results)]
+
+    program = jax.jit(lambda lefts: jax.lax.fori_loop(0, times, all_dots, lefts))
+    return functools.partial(program, [jnp.zeros(left) for left in lefts])
+
+
+class Floor(NamedTuple):
+    """What a function cannot do without, as programs that do it 20 times."""
+
+    programs: list[Callable]
+    gflop: float  # of its matrix products
+    megabytes: float = 0  # that Adam and the targets move
 
     def seconds(self) -> float:
-        """How long an update would take at the rates that the machine reaches on these."""
+        """How long the function would take at the rates that the machine reaches on these."""
         return sum(map(seconds, self.programs)) / 20
 
 
-def make_floor(update, state) -> Floor:
-    """The floor of `update(state)`."""
+def floor_of(function, *args) -> Floor:
+    """The matrix products of `function(*args)`."""
+    import jax
+
+    closed = jax.make_jaxpr(function)(*args)
+    found = products(closed, list(range(len(closed.jaxpr.invars))))[0].values()
+    shares = sorted({share for *_, share in found})
+    programs = [dots([product for *product, share in found if share == s], round(20 * s)) for s in shares]
+    return Floor(programs, sum(share * flops(*product) for *product, share in found) / 1e9)
+
+
+def floor_of_update(update, state) -> Floor:
+    """The matrix products of `update(state)`, and the memory traffic of Adam and the targets."""
     import jax
     import jax.numpy as jnp
     from flax.training.train_state import TrainState
 
-    def dots(products, times):
-        """Does each of `products`, so many times."""
-        lefts, rights, numbers = zip(*products)
-        rights = [jnp.ones(right) for right in rights]
-
-        def all_dots(_, lefts):
-            results = map(jax.lax.dot_general, lefts, rights, numbers)
-            # by a single number, the next round waits for this one
-            return [left.at[(0,) * left.ndim].set(result.ravel()[0]) for left, result in zip(lefts, results)]
-
-        program = jax.jit(lambda lefts: jax.lax.fori_loop(0, times, all_dots, lefts))
-        return functools.partial(program, [jnp.zeros(left) for left in lefts])
-
-    closed = jax.make_jaxpr(update)(state)
-    found = products(closed, list(range(len(closed.jaxpr.invars))))[0].values()
-    shares = sorted({share for *_, share in found})
-    programs = [dots([product for *product, share in found if share == s], round(20 * s)) for s in shares]
     networks = [part for part in state if isinstance(part, TrainState)]
     targets = [part for part in state if isinstance(part, dict)]
     size = lambda parts: sum(array.size for array in jax.tree.leaves(parts))
     moved = 4 * (7 * sum(size(network.params) for network in networks) + 3 * size(targets))
     stream = jnp.ones(moved // 12)  # of three accesses, one writes
     run_bytes = jax.jit(lambda x, y: jax.lax.fori_loop(0, 20, lambda _, x: 0.5 * x + y, x))
-    programs.append(functools.partial(run_bytes, stream, stream + 1))
-    return Floor(programs, sum(share * flops(*product) for *product, share in found) / 1e9, moved / 1e6)
+    floor = floor_of(update, state)
+    programs = [*floor.programs, functools.partial(run_bytes, stream, stream + 1)]
+    return Floor(programs, floor.gflop, moved / 1e6)
 
 
 # --------------------------------------------------------------------------------------------------- the contestants
@@ -193,7 +206,7 @@ class Ours:
         apart, everywhere = common.shardings(num_seeds)
         self.dataset, self.states = jax.device_put(dataset, everywhere), jax.device_put(states, apart)
         update = lambda state: self.module.update(self.args, self.dataset, state, None)
-        self.floor = make_floor(update, jax.tree.map(lambda array: array[0], self.states))
+        self.floor = floor_of_update(update, jax.tree.map(lambda array: array[0], self.states))
         self.num_updates, self.num_seeds, self.eval_episodes = args.num_updates, num_seeds, args.eval_episodes
         begun = time.perf_counter()
         self.train()
@@ -213,22 +226,36 @@ class Ours:
         """Seconds that an update of one seed could not go below."""
         return self.floor.seconds()
 
-    def evaluate(self) -> list[float]:
-        """Seconds per episode."""
+    def evaluate(self) -> dict:
+        """Seconds per episode of an evaluation, and those it could not go below: the steps of the environment spread
+        over all cores, and the matrix products of the policy."""
         import jax
+        import numpy as np
 
         import common
 
-        slots = common.slots_per_seed(self.num_seeds, self.eval_episodes)
+        slots, cpu = common.slots_per_seed(self.num_seeds, self.eval_episodes), jax.devices("cpu")[0]
         environments = common.Environments(self.task, slots * self.num_seeds, os.cpu_count())
-        act = functools.partial(self.module.act, self.args, jax.device_put(self.states, jax.devices("cpu")[0]))
-        with jax.default_device(jax.devices("cpu")[0]):
-            common.evaluate(act, environments, range(self.num_seeds), 1)  # compiles, and makes the first environments
+        answers = environments.step({slot: slot for slot in range(environments.num_slots)})  # makes them
+        obs = np.stack([answers[slot][0] for slot in answers]).reshape(self.num_seeds, slots, -1).astype(np.float32)
+        act = functools.partial(self.module.act, self.args, jax.device_put(self.states, cpu))
+        with jax.default_device(cpu):
+            keys = common.episode_keys(0, *np.zeros((2, self.num_seeds, slots), int))
+            action, products = np.asarray(act(obs, keys)), floor_of(act, obs, keys)  # compiles
+            products.seconds()
             begun = time.perf_counter()
             common.evaluate(act, environments, range(self.num_seeds), self.eval_episodes)
-        took = time.perf_counter() - begun
+            took = (time.perf_counter() - begun) / self.eval_episodes / self.num_seeds
+            products_of_step = products.seconds() / slots / self.num_seeds
         environments.close()
-        return [took / self.eval_episodes / self.num_seeds]
+        env, steps, ended = common.make_env(self.task), 0, False
+        common.reset_env(env, 0)
+        begun = time.perf_counter()
+        while not ended:
+            _, _, terminated, truncated, _ = env.step(action[0, 0])
+            steps, ended = steps + 1, terminated or truncated
+        stepping = (time.perf_counter() - begun) / os.cpu_count()
+        return {"ours": [took], "floor": [stepping + steps * products_of_step]}
 
     def about(self) -> dict:
         """What else there is to say."""
@@ -334,14 +361,15 @@ def compare(algo: str, num_seeds: int, args: Args) -> dict:
         row["speedup"] = spread([theirs / mine for theirs, mine in zip(times["official"], times["ours"])])
     if args.eval_episodes:
         theirs = ask("official", "evaluate") if "official" in kinds else []
-        row["eval_seconds"] = {"ours": ask("ours", "evaluate")}
+        row["eval_seconds"] = took = ask("ours", "evaluate")
+        row["eval_fraction_of_floor"] = took["floor"][0] / took["ours"][0]
         if "official" in kinds:
-            row["eval_seconds"]["official"] = theirs + ask("official", "evaluate")
-            row["eval_speedup"] = spread([t / row["eval_seconds"]["ours"][0] for t in row["eval_seconds"]["official"]])
+            took["official"] = theirs + ask("official", "evaluate")
+            row["eval_speedup"] = spread([t / took["ours"][0] for t in took["official"]])
     for process in processes.values():
         process.shutdown()
     if args.run_updates:
-        row["run_updates"], row["run_seconds"] = args.run_updates, whole_run(algo, num_seeds, args)
+        row |= {"run_updates": args.run_updates, **whole_runs(algo, num_seeds, args)}
         rest = (1_000_000 - args.run_updates) * num_seeds / row["updates_per_second"]["ours"]
         row["million_seconds"] = row["run_seconds"] + rest  # of which the evaluations' are in the first
     return row
@@ -352,15 +380,40 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def whole_run(algo: str, num_seeds: int, args: Args) -> float:
-    """Seconds of a run from the command line, on 10 generated episodes, start-up and evaluations included."""
-    command = [sys.executable, str(ROOT / "algos" / f"{algo}.py"), "--env-name", args.env_name]
-    command += ["--generate-episodes", "10", "--num-updates", str(args.run_updates)]
-    command += ["--eval-episodes", str(args.eval_episodes)] if args.eval_episodes else []
-    command += ["--seeds", *map(str, range(num_seeds))]
-    begun = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - begun
+def whole_runs(algo: str, num_seeds: int, args: Args) -> dict:
+    """Seconds of runs from the command line, on 10 generated episodes, repeated up to the published number: of two from
+    their start to their first update, the first of which has to compile; and of one from start to end, with its
+    evaluations."""
+    import numpy as np
+
+    import common
+
+    generated = common.load_dataset(common.load_task(args.env_name), generate_episodes=10)[1]
+    with tempfile.TemporaryDirectory() as folder, np.load(generated["path"]) as raw:
+        repeat = max(1, args.num_transitions // generated["transitions"])
+        data = {name: np.concatenate([raw[name]] * repeat) for name in raw}
+        np.savez_compressed(f"{folder}/data.npz", **data)
+        command = [sys.executable, str(ROOT / "algos" / f"{algo}.py"), "--env-name", args.env_name]
+        command += ["--dataset-path", "data.npz", "--seeds", *map(str, range(num_seeds))]
+        command += ["--eval-episodes", str(args.eval_episodes)] if args.eval_episodes else []
+        begin = functools.partial(
+            subprocess.Popen, cwd=folder, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        )
+        starts, records = [], lambda: len([*pathlib.Path(folder).glob("runs/*/*/*/train.csv")])
+        for number in range(2):
+            begun = time.perf_counter()
+            process = begin([*command, "--num-updates", "10"])
+            while records() == number and process.poll() is None:
+                time.sleep(0.01)
+            starts.append(time.perf_counter() - begun)
+            process.kill()
+            process.wait()
+        begun = time.perf_counter()
+        process = begin([*command, "--num-updates", str(args.run_updates)])
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+        took = time.perf_counter() - begun
+    return {"first_start_seconds": starts[0], "second_start_seconds": starts[1], "run_seconds": took}
 
 
 def machine() -> str:
@@ -408,9 +461,12 @@ def main(args: Args):
                 text += "; {median:.2f} x FQL's code ({min:.2f} to {max:.2f})".format(**row["speedup"])
             if "eval_seconds" in row:
                 text += f"; {row['eval_seconds']['ours'][0]:.2f} s per evaluation episode"
+                text += f", {row['eval_fraction_of_floor']:.0%} of its floor"
             if "eval_speedup" in row:
                 text += ", {median:.2f} x FQL's loop ({min:.2f} to {max:.2f})".format(**row["eval_speedup"])
             if "run_seconds" in row:
+                text += f"; first update {row['first_start_seconds']:.1f} s after the command"
+                text += f", {row['second_start_seconds']:.1f} s the second time"
                 text += f"; run of {args.run_updates:,} updates {row['run_seconds']:.0f} s"
                 text += f", so of 1,000,000 {row['million_seconds'] / 60:.0f} min"
             memory = row["peak_device_gigabytes"] or row["peak_gigabytes"]

@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -513,8 +514,9 @@ def episode_keys(eval_seed: jax.Array, episode: jax.Array, step: jax.Array) -> j
 
 
 def slots_per_seed(num_seeds: int, num_episodes: int) -> int:
-    """How many episodes of a seed are played at a time: about 16 over all seeds."""
-    return min(num_episodes, max(1, 16 // num_seeds))
+    """How many episodes of a seed are played at a time: about 16 over all seeds, and their last round a full one."""
+    rounds = max(1, round(num_episodes * num_seeds / 16))
+    return math.ceil(num_episodes / rounds)
 
 
 def evaluate(
@@ -527,7 +529,7 @@ def evaluate(
     """Plays `num_episodes` episodes with the policy of each of `seeds`: the scores, [seeds, num_episodes].
 
     `act(obs, keys)` gives the actions [seeds, slots, action_dim] of obs [seeds, slots, obs_dim] and a key each.
-    Slot j of a seed plays episodes j, j + slots, ... in turn. Episode i starts from the same state whatever the policy,
+    A slot whose episode has ended plays the seed's next one. Episode i starts from the same state whatever the policy,
     and its noise is keyed by (eval_seed, i, step): the scores depend neither on the workers nor on how often one
     evaluates. A policy whose action is not finite scores NaN. Raises Error, naming the episode, if it cannot be played.
     """
@@ -536,6 +538,7 @@ def evaluate(
     starts = [int(np.random.SeedSequence((eval_seed, i)).generate_state(1)[0]) for i in range(num_episodes)]
     scores = np.full((num_seeds, num_episodes), np.nan)
     episode, step = np.tile(np.arange(slots), (num_seeds, 1)), np.zeros((num_seeds, slots), np.int32)
+    waiting = [iter(range(slots, num_episodes)) for _ in seeds]
     commands = {slot: starts[i] for slot, i in enumerate(episode.flat) if i < num_episodes}
     obs = None
     while commands:
@@ -551,14 +554,14 @@ def evaluate(
             obs[divmod(slot, slots)] = slot_obs
         actions = np.asarray(act(obs, episode_keys(eval_seed, episode, step)))
         commands = {}
-        for slot, (_, score) in answers.items():
-            at = divmod(slot, slots)  # seed, slot of the seed
+        for slot in sorted(answers):  # of slots that end together, the first takes the next episode
+            at, score = divmod(slot, slots), answers[slot][1]  # at: seed, slot of the seed
             if score is None and np.isfinite(actions[at]).all():
                 step[at] += 1
                 commands[slot] = actions[at]
             else:
                 scores[at[0], episode[at]] = np.nan if score is None else score
-                episode[at], step[at] = episode[at] + slots, 0
+                episode[at], step[at] = next(waiting[at[0]], num_episodes), 0
                 if episode[at] < num_episodes:
                     commands[slot] = starts[episode[at]]
     return scores

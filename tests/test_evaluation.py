@@ -73,8 +73,9 @@ def test_episodes_start_alike_for_every_policy_and_seed(task):
 
 
 def test_every_episode_is_played_once_and_scored_by_its_own_environment(monkeypatch):
-    """Three slots play seven episodes of unequal length; the score of episode i is that of its seed."""
-    starts = [int(np.random.SeedSequence((0, i)).generate_state(1)[0]) for i in range(7)]
+    """Three slots play eleven episodes of unequal length; the score of episode i is that of its seed. No slot waits
+    while there is an episode to play."""
+    starts = [int(np.random.SeedSequence((0, i)).generate_state(1)[0]) for i in range(11)]
 
     class Fake:
         num_slots, started, left = 3, [], {}
@@ -91,10 +92,26 @@ def test_every_episode_is_played_once_and_scored_by_its_own_environment(monkeypa
                     answers[slot] = np.zeros(2), self.left[slot][1] if not self.left[slot][0] else None
             return answers
 
-    fake = Fake()
-    scores = common.evaluate(lambda obs, keys: np.zeros((1, 3, 2)), fake, [5], 7)
-    assert sorted(fake.started) == sorted(starts)
+    fake, calls = Fake(), []
+    scores = common.evaluate(lambda obs, keys: calls.append(0) or np.zeros((1, 3, 2)), fake, [5], 11)
+    assert fake.started == starts
     np.testing.assert_array_equal(scores[0], [start % 97 for start in starts])
+    busy_until = [0, 0, 0]
+    for start in starts:  # each goes to the slot that is free first, and takes a reset and 1 + start % 5 steps
+        first = busy_until.index(min(busy_until))
+        busy_until[first] += 2 + start % 5
+    assert len(calls) == max(busy_until)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("num_episodes", [1, 6, 20, 50])
+def test_about_16_episodes_are_played_at_a_time(num_seeds, num_episodes):
+    """As few seats as that allows are empty in the last round."""
+    slots = common.slots_per_seed(num_seeds, num_episodes)
+    rounds = -(-num_episodes // slots)
+    assert 1 <= slots <= num_episodes and slots == -(-num_episodes // rounds)
+    assert slots * num_seeds <= max(24, num_seeds)
+    assert slots * num_seeds >= min(12, num_seeds * num_episodes)
 
 
 def test_keys_are_made_of_seed_episode_and_step():
