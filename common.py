@@ -417,24 +417,23 @@ class Slots:
     def __init__(self, task: Task, slots: list[int], **kwargs):
         self.task, self.envs = task, {slot: make_env(task, **kwargs) for slot in slots}
         self.returns = dict.fromkeys(slots, 0.0)
-        self.draws = {}  # the state of np.random that each episode sees: its own, whoever its neighbours are
+        self.draws = {slot: np.random.MT19937() for slot in slots}  # each its own np.random, whoever its neighbours are
 
     def step(self, commands: dict) -> dict:
         """Obeys {slot: command}, a command the seed to reset from or the action to take: {slot: (obs, score)}, score
         being None while the episode lasts."""
         answers = {}
         for slot, command in commands.items():
+            np.random.set_bit_generator(self.draws[slot])
             if isinstance(command, int):
                 obs, score, self.returns[slot] = reset_env(self.envs[slot], command), None, 0.0
             else:
-                np.random.set_state(self.draws[slot])
                 obs, reward, terminated, truncated, info = self.envs[slot].step(command)
                 self.returns[slot] += reward
                 if not (np.isfinite(obs).all() and np.isfinite(reward)):
                     raise FloatingPointError("an observation or reward that is not finite")
                 score = episode_score(self.task, self.returns[slot], info) if terminated or truncated else None
             answers[slot] = obs, score
-            self.draws[slot] = np.random.get_state()
         return answers
 
 

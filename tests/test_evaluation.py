@@ -149,6 +149,30 @@ def test_an_episode_repeats_exactly():
     np.testing.assert_array_equal(*runs)
 
 
+class Drawing:
+    """An environment, so far as `common.Slots` asks for one, that draws from np.random when it is reset and stepped."""
+
+    unwrapped = None
+
+    def reset(self, seed):
+        return np.random.uniform(size=2), {}
+
+    def step(self, action):
+        return np.random.uniform(size=2), 0.0, False, False, {}
+
+
+def test_an_episode_draws_the_same_whoever_its_neighbours_are(monkeypatch):
+    monkeypatch.setattr(common, "make_env", lambda task: Drawing())
+    alone, together = common.Slots(common.load_task(TASK), [1]), common.Slots(common.load_task(TASK), [0, 1])
+    for command in (3, np.zeros(5), np.zeros(5)):
+        ours = alone.step({1: command})[1][0]
+        others, theirs = (
+            obs for obs, _ in together.step({0: 7 if isinstance(command, int) else command, 1: command}).values()
+        )
+        np.testing.assert_array_equal(ours, theirs)
+        assert (ours != others).all()
+
+
 FAULTS = {"killed": "EOFError|BrokenPipe|ConnectionReset", "hangs": "no answer in 2 s", "raises": "ValueError"}
 FAULTS |= {"nan reward": "not finite", "nan observation": "not finite"}
 
