@@ -14,8 +14,8 @@ code is used as its main.py does: numpy batches, one call per update, and its ow
 The floor of an update is what arithmetic alone would take: every matrix product that `update` asks for, timed in a
 program that does nothing else (what two losses both ask for counts once), and the bytes that Adam (7 arrays per
 network: parameters and both moments read and written, gradients read) and the targets (3) must move, at the bandwidth
-measured on an array of that size. What lies above it is activations, layer norms, sampling and waiting. That of an
-evaluation is the environment's steps, spread over all cores, and the policy's matrix products.
+measured on an array of that size. What lies above it is activations, layer norms, sampling and waiting. The floor of
+an evaluation is the environment's steps, spread over all cores, and the policy's matrix products.
 
 Writes <out>.json and <out>.png.
 """
@@ -153,7 +153,7 @@ class Floor(NamedTuple):
 
 
 def floor_of(function, *args) -> Floor:
-    """The matrix products of `function(*args)`."""
+    """The floor of `function(*args)`: its matrix products."""
     import jax
 
     closed = jax.make_jaxpr(function)(*args)
@@ -164,7 +164,7 @@ def floor_of(function, *args) -> Floor:
 
 
 def floor_of_update(update, state) -> Floor:
-    """The matrix products of `update(state)`, and the memory traffic of Adam and the targets."""
+    """The floor of `update(state)`: its matrix products, and the memory traffic of Adam and the targets."""
     import jax
     import jax.numpy as jnp
     from flax.training.train_state import TrainState
@@ -241,12 +241,12 @@ class Ours:
         act = functools.partial(self.module.act, self.args, jax.device_put(self.states, cpu))
         with jax.default_device(cpu):
             keys = common.episode_keys(0, *np.zeros((2, self.num_seeds, slots), int))
-            action, products = np.asarray(act(obs, keys)), floor_of(act, obs, keys)  # compiles
-            products.seconds()
+            action, policy = np.asarray(act(obs, keys)), floor_of(act, obs, keys)
+            policy.seconds()  # compiles
             begun = time.perf_counter()
             common.evaluate(act, environments, range(self.num_seeds), self.eval_episodes)
             took = (time.perf_counter() - begun) / self.eval_episodes / self.num_seeds
-            products_of_step = products.seconds() / slots / self.num_seeds
+            acting = policy.seconds() / slots / self.num_seeds
         environments.close()
         env, steps, ended = common.make_env(self.task), 0, False
         common.reset_env(env, 0)
@@ -255,7 +255,7 @@ class Ours:
             _, _, terminated, truncated, _ = env.step(action[0, 0])
             steps, ended = steps + 1, terminated or truncated
         stepping = (time.perf_counter() - begun) / os.cpu_count()
-        return {"ours": [took], "floor": [stepping + steps * products_of_step]}
+        return {"ours": [took], "floor": [stepping + steps * acting]}
 
     def about(self) -> dict:
         """What else there is to say."""
@@ -396,22 +396,20 @@ def whole_runs(algo: str, num_seeds: int, args: Args) -> dict:
         command = [sys.executable, str(ROOT / "algos" / f"{algo}.py"), "--env-name", args.env_name]
         command += ["--dataset-path", "data.npz", "--seeds", *map(str, range(num_seeds))]
         command += ["--eval-episodes", str(args.eval_episodes)] if args.eval_episodes else []
-        begin = functools.partial(
-            subprocess.Popen, cwd=folder, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
-        )
+        where = {"cwd": folder, "env": os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}}
         starts, records = [], lambda: len([*pathlib.Path(folder).glob("runs/*/*/*/train.csv")])
         for number in range(2):
             begun = time.perf_counter()
-            process = begin([*command, "--num-updates", "10"])
+            process = subprocess.Popen([*command, "--num-updates", "10"], **where)
             while records() == number and process.poll() is None:
                 time.sleep(0.01)
             starts.append(time.perf_counter() - begun)
+            if process.poll():
+                raise subprocess.CalledProcessError(process.returncode, process.args)
             process.kill()
             process.wait()
         begun = time.perf_counter()
-        process = begin([*command, "--num-updates", str(args.run_updates)])
-        if process.wait():
-            raise subprocess.CalledProcessError(process.returncode, process.args)
+        subprocess.run([*command, "--num-updates", str(args.run_updates)], check=True, **where)
         took = time.perf_counter() - begun
     return {"first_start_seconds": starts[0], "second_start_seconds": starts[1], "run_seconds": took}
 
@@ -429,7 +427,7 @@ def draw(rows: list[dict], path: pathlib.Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(2 + 0.8 * len(rows), 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(2 + len(rows), 3.4), layout="constrained")
     kinds = [("official", "official FQL code", "#999999"), ("ours", "ours", "#1f6fb4"), ("floor", "floor", "#d9e6f2")]
     for offset, (kind, label, color) in enumerate(kinds):
         heights = [row["updates_per_second"].get(kind, 0) for row in rows]

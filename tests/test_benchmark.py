@@ -1,13 +1,17 @@
 """The floor that benchmark.py measures against counts every matrix product of an update."""
 
+import functools
 import re
+import subprocess
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import load_algo, make_states, small_args
 
 import benchmark
+import common
 
 
 def count(function, *args):
@@ -40,6 +44,27 @@ def test_the_floor_counts_every_pass_of_every_network(dataset):
     trained = lambda layers: sum(layers) + sum(layers) + sum(layers[1:])  # forward; back to weights; back to inputs
     expected = trained(actor) + trained(value) + 2 * trained(critic) + sum(value) + 2 * sum(critic)
     assert count(lambda state: load_algo("iql").update(args, dataset, state, None), state) == expected
+
+
+def test_the_floor_of_acting_counts_every_step_of_every_sample(dataset):
+    """ifql: flow_steps passes of the actor and one of both critics, for num_samples actions of each observation."""
+    args, module = small_args("ifql"), load_algo("ifql")
+    obs_dim, action_dim = dataset.obs.shape[-1], dataset.action.shape[-1]
+    layers = lambda *dims: sum(2 * a * b for a, b in zip(dims, dims[1:]))  # small_args: 24 and 16 wide
+    actor, critic = layers(obs_dim + action_dim + 1, 24, 16, action_dim), layers(obs_dim + action_dim, 24, 16, 1)
+    obs, keys = jnp.zeros((1, 3, obs_dim)), jnp.zeros((1, 3, 2), jnp.uint32)
+    floor = benchmark.floor_of(functools.partial(module.act, args, make_states("ifql", args, dataset)), obs, keys)
+    expected = 3 * args.num_samples * (args.flow_steps * actor + 2 * critic)
+    assert floor.gflop * 1e9 == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_start_that_fails_is_no_measurement(monkeypatch, tmp_path):
+    np.savez(tmp_path / "data.npz", terminals=np.ones(1))
+    about = {"path": tmp_path / "data.npz", "transitions": 1}
+    monkeypatch.setattr(common, "load_dataset", lambda *a, **k: (None, about))
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        benchmark.whole_runs("no_such_file", 1, benchmark.Args(num_transitions=1, run_updates=50))
+    assert error.value.cmd[-1] == "10"  # the first start, not the whole run of 50 updates after it
 
 
 @pytest.mark.parametrize("name", ["iql", "diql"])

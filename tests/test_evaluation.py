@@ -164,13 +164,10 @@ class Drawing:
 def test_an_episode_draws_the_same_whoever_its_neighbours_are(monkeypatch):
     monkeypatch.setattr(common, "make_env", lambda task: Drawing())
     alone, together = common.Slots(common.load_task(TASK), [1]), common.Slots(common.load_task(TASK), [0, 1])
-    for command in (3, np.zeros(5), np.zeros(5)):
-        ours = alone.step({1: command})[1][0]
-        others, theirs = (
-            obs for obs, _ in together.step({0: 7 if isinstance(command, int) else command, 1: command}).values()
-        )
-        np.testing.assert_array_equal(ours, theirs)
-        assert (ours != others).all()
+    for other, command in [(7, 3), (np.zeros(5), np.zeros(5)), (np.zeros(5), np.zeros(5))]:
+        obs, answers = alone.step({1: command})[1][0], together.step({0: other, 1: command})
+        np.testing.assert_array_equal(obs, answers[1][0])
+        assert (obs != answers[0][0]).all()
 
 
 FAULTS = {"killed": "EOFError|BrokenPipe|ConnectionReset", "hangs": "no answer in 2 s", "raises": "ValueError"}
