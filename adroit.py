@@ -82,7 +82,7 @@ class Hand(NamedTuple):
     """One of the four tasks: sizes, steps per episode, d4rl's reference returns (random, expert) and its reward."""
 
     obs_dim: int
-    act_dim: int
+    action_dim: int
     horizon: int
     min_return: float
     max_return: float
@@ -197,7 +197,7 @@ def load_transitions(path: str | os.PathLike, hand: str) -> dict[str, np.ndarray
     with a next_obs and next_action that belong to the next episode and are masked. The last row has no successor.
 
     Returns:
-        obs, next_obs [N, obs_dim]; action, next_action [N, act_dim] (as stored, not clipped; next_action is the one
+        obs, next_obs [N, obs_dim]; action, next_action [N, action_dim] (as stored, not clipped; next_action is the one
         taken at next_obs in the same episode); reward [N]; mask [N], 0 at terminals and 1 elsewhere.
 
     Raises:
@@ -205,7 +205,7 @@ def load_transitions(path: str | os.PathLike, hand: str) -> dict[str, np.ndarray
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
-    widths = {"observations": HANDS[hand].obs_dim, "actions": HANDS[hand].act_dim}
+    widths = {"observations": HANDS[hand].obs_dim, "actions": HANDS[hand].action_dim}
     try:
         with h5py.File(path, "r") as file:
             keys = ("observations", "actions", "rewards", "terminals", "timeouts")

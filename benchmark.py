@@ -4,9 +4,9 @@
     python benchmark.py --algos iql ifql fql rebrac --num-seeds 1 --fql-dir ../fql
     python benchmark.py --algos ifql fql --num-seeds 1 --fql-dir ../fql --eval-episodes 50
     python benchmark.py --algos dmfrebrac --run-updates 50000    # whole runs, too: start-up, training, evaluation,
-                                                                 # from which those of 1M updates are reckoned
+                                                                 # from which those of 1M updates are extrapolated
 
-Every contestant is a process of its own, and they take turns, so that all meet the machine in the same moods. Data are
+Every contestant is a process of its own, and they take turns, so that all see the same load on the machine. Data are
 random numbers of the task's shapes, in the published number; nothing that is timed depends on their values. The FQL
 code is used as its main.py does: numpy batches, one call per update, and its own evaluation loop. Its packages
 (distrax, ml_collections) must be installed beside ours.
@@ -42,7 +42,12 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import tyro
+from flax.training.train_state import TrainState
+from jax.extend.core import ClosedJaxpr, Literal
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -69,14 +74,21 @@ class Args:
     """episodes of FQL's evaluation loop, before and again after ours"""
     run_updates: int = 0
     """updates of a whole run from the command line, evaluated at each tenth on eval_episodes, or 50 (0: no such run)"""
-    out: str = "results/benchmark"
+    out: str = "runs/benchmark"
     """where to write, without the ending"""
+
+
+def import_common():
+    """common.py, without the flags that it gives to XLA: the FQL code is timed as it is, also in a later process."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    import common
+
+    os.environ["XLA_FLAGS"] = flags
+    return common
 
 
 def seconds(function, *args) -> float:
     """How long `function(*args)` takes until its result is there."""
-    import jax
-
     begun = time.perf_counter()
     jax.block_until_ready(function(*args))
     return time.perf_counter() - begun
@@ -88,10 +100,9 @@ def products(closed, inputs: list, share=1.0) -> tuple[dict, list]:
     its results, given those of its inputs.
 
     A name says how a value is made, so what the algorithm's text asks for twice, like Q(s, a) in a loss and again in
-    DOAL's gradient, is one product, as it is to the compiler. The branches of a condition are taken equally often.
+    DOAL's gradient, is one product, as it is to the compiler. The branches of a condition are taken equally often, the
+    body of a loop once.
     """
-    from jax.extend.core import ClosedJaxpr, Literal
-
     jaxpr, found = closed.jaxpr, {}
     names = dict(zip(jaxpr.invars, inputs)) | {v: id(value) for v, value in zip(jaxpr.constvars, closed.consts)}
     name_of = lambda variable: hash(str(variable)) if isinstance(variable, Literal) else names[variable]
@@ -125,9 +136,6 @@ def flops(left, right, dimension_numbers) -> int:
 def dots(products: list, times: int) -> Callable:
     """A program that does each of `products` (left shape, right shape, dimension numbers) so many times; they do not
     wait for each other."""
-    import jax
-    import jax.numpy as jnp
-
     lefts, rights, numbers = zip(*products)
     rights = [jnp.ones(right) for right in rights]
 
@@ -154,8 +162,6 @@ class Floor(NamedTuple):
 
 def floor_of(function, *args) -> Floor:
     """The floor of `function(*args)`: its matrix products."""
-    import jax
-
     closed = jax.make_jaxpr(function)(*args)
     found = products(closed, list(range(len(closed.jaxpr.invars))))[0].values()
     shares = sorted({share for *_, share in found})
@@ -165,10 +171,6 @@ def floor_of(function, *args) -> Floor:
 
 def floor_of_update(update, state) -> Floor:
     """The floor of `update(state)`: its matrix products, and the memory traffic of Adam and the targets."""
-    import jax
-    import jax.numpy as jnp
-    from flax.training.train_state import TrainState
-
     networks = [part for part in state if isinstance(part, TrainState)]
     targets = [part for part in state if isinstance(part, dict)]
     size = lambda parts: sum(array.size for array in jax.tree.leaves(parts))
@@ -185,10 +187,6 @@ class Ours:
     """One of our algorithms: `train`, `act` and `evaluate` as its `main` uses them."""
 
     def __init__(self, algo: str, num_seeds: int, args: Args):
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-
         import common
 
         os.chdir(ROOT)
@@ -229,9 +227,6 @@ class Ours:
     def evaluate(self) -> dict:
         """Seconds per episode of an evaluation, and those it could not go below: the steps of the environment spread
         over all cores, and the matrix products of the policy."""
-        import jax
-        import numpy as np
-
         import common
 
         slots, cpu = common.slots_per_seed(self.num_seeds, self.eval_episodes), jax.devices("cpu")[0]
@@ -259,8 +254,6 @@ class Ours:
 
     def about(self) -> dict:
         """What else there is to say."""
-        import jax
-
         device = jax.devices()[0]
         stats = device.memory_stats() or {}
         return {
@@ -277,16 +270,11 @@ class Official:
     """An agent of the official FQL code, used as its main.py does."""
 
     def __init__(self, algo: str, num_seeds: int, args: Args):
-        import numpy as np
-
         sys.path.insert(0, args.fql_dir)
         from agents import agents
         from utils.datasets import Dataset
 
-        flags = os.environ.get("XLA_FLAGS", "")
-        import common
-
-        os.environ["XLA_FLAGS"] = flags  # without those of common: the FQL code as it is
+        common = import_common()
         self.env = common.make_env(common.load_task(args.env_name))
         self.config = importlib.import_module(f"agents.{algo}").get_config()
         draw = np.random.default_rng(0).uniform
@@ -384,10 +372,7 @@ def whole_runs(algo: str, num_seeds: int, args: Args) -> dict:
     """Seconds of runs from the command line, on 10 generated episodes, repeated up to the published number: of two from
     their start to their first update, the first of which has to compile; and of one from start to end, with its
     evaluations."""
-    import numpy as np
-
-    import common
-
+    common = import_common()
     generated = common.load_dataset(common.load_task(args.env_name), generate_episodes=10)[1]
     with tempfile.TemporaryDirectory() as folder, np.load(generated["path"]) as raw:
         repeat = max(1, args.num_transitions // generated["transitions"])

@@ -1,4 +1,4 @@
-"""What every algorithm shares: the paper's tasks, their data, their environments, and evaluation.
+"""What every algorithm shares: the paper's tasks, their data, how seeds share devices, environments, and evaluation.
 
 Nothing in here knows an algorithm.
 """
@@ -36,17 +36,17 @@ from tqdm import tqdm
 import adroit
 import generate
 
-gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's action spaces are cast to float32, which it would tell
-# XLA reads these when it first compiles. On a CPU they save copies of what a loop carries and allow the widest vectors;
-# and Q(s, a) stays one thing where two losses ask for it: the reshape mover changes one of the two, so that both are
-# computed. A flag that the user sets is left to them. README's Speed says what they save.
+gymnasium.logger.min_level = gymnasium.logger.ERROR  # it would warn that OGBench's action spaces are cast to float32
+# XLA reads these when it first compiles. On a CPU, the first avoids copies of what a loop carries, the second allows
+# the widest vectors; without the third, the reshape mover changes one of two equal Q(s, a), so that both are computed.
+# A flag that the user sets is left to them. README's Speed says what they save.
 XLA_FLAGS = (
     "--xla_cpu_copy_insertion_use_region_analysis=true",
     "--xla_cpu_prefer_vector_width=512",
     "--xla_disable_hlo_passes=reshape-mover",
 )
-users = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in XLA_FLAGS if flag.split("=")[0] not in users), users])
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in XLA_FLAGS if flag.split("=")[0] not in given), given])
 
 
 class Error(SystemExit):
@@ -58,8 +58,8 @@ class Error(SystemExit):
 
 # ------------------------------------------------------------------------------------------------------------ tasks
 # The paper's Table 5 (delta, num_samples, alpha_critic) and what it takes from others: alpha, q_agg and discount from
-# FQL (Park et al., 2025c), and, not all checked against their source again, the temperature of AWR and ReBRAC's
-# coefficients (FQL's; on Adroit CORL's for the actor).
+# FQL (Park et al., 2025c); ReBRAC's coefficients on Adroit from CORL; and, not all checked against their source again,
+# those on OGBench and the temperature of AWR from FQL.
 TABLE = """
                               iql:      ql:                          all:                  awr:   rebrac:
                               delta  n  delta   n  alpha_critic  alpha q_agg discount   alpha   alpha_actor, _critic
@@ -87,7 +87,8 @@ PAPER = {  # {task: {column: value}}
     name: dict(zip(COLUMNS, (value if value in ("min", "mean") else json.loads(value) for value in values)))
     for name, *values in (line.split() for line in TABLE.strip("\n").splitlines()[2:])
 }
-DATASETS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
+# The kinds of datasets of OGBench, by a part of the environment's name.
+KINDS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
 RANGES = {  # of every flag that an algorithm may have
     **dict.fromkeys(("batch_size", "num_updates", "policy_frequency"), (1, 10**8)),
     **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes", "num_samples"), (1, 10**6)),
@@ -134,15 +135,13 @@ def load_task(name: str) -> Task:
     if "visual" in name or "powderworld" in name:
         raise Error(f"{name} is seen in pixels, and these networks take states: choose a task without 'visual'")
     found = re.fullmatch(r"([\w-]+)-(\w+)-singletask(-task\d)?-v0", name)
-    if found and found[2] in next(kinds for family, kinds in DATASETS.items() if family in found[1]):
+    if found and found[2] in next(kinds for part, kinds in KINDS.items() if part in found[1]):
         env_id = f"{found[1]}-singletask{found[3] or ''}-v0"
         if env_id in gymnasium.registry:
             return Task(name, env_id, f"{found[1]}-{found[2]}-v0")
     ids = [f"{task}-singletask{i}-v0" for task in PAPER if task not in adroit.TASKS for i in ("", "-task1", "-task2")]
-    near = difflib.get_close_matches(name, dict.fromkeys([*PAPER, *adroit.TASKS]), 3, 0.5)
-    near += difflib.get_close_matches(name, ids, 2)
-    raise Error(f"there is no task {name!r}; the nearest are {', '.join(near)}" if near else
-                f"there is no task {name!r}; there are {', '.join(PAPER)}")  # fmt: skip
+    near = difflib.get_close_matches(name, dict.fromkeys([*PAPER, *adroit.TASKS, *ids]), 3, 0.5)
+    raise Error(f"there is no task {name!r}: try {', '.join(near or PAPER)}")
 
 
 def resolve(args, task: Task, columns: tuple[str, ...]):
@@ -151,17 +150,14 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
 
     Raises Error if the paper has no value for a flag that needs one, or if a value is impossible.
     """
-    row = PAPER.get(task.dataset.removesuffix("-v0"), {})  # all tasks of a dataset share it
-    values, missing = {"num_updates": task.num_updates}, []
-    for flag in (flag for flag, value in vars(args).items() if value is None):
-        names = [name for name in (*(f"{column}.{flag}" for column in columns), flag) if name in COLUMNS]
-        if names and row:
-            values[flag] = row[names[0]]
-        elif names:
-            missing.append("--" + flag.replace("_", "-"))
-    if missing:
+    row = PAPER.get(task.dataset.removesuffix("-v0"), dict.fromkeys(COLUMNS))  # all tasks of a dataset share it
+    paper = {"num_updates": task.num_updates} | row
+    for column in reversed(columns):  # so that the first has the last word
+        paper |= {name.removeprefix(f"{column}."): row[name] for name in row if name.startswith(f"{column}.")}
+    values = {flag: paper[flag] for flag, value in vars(args).items() if value is None and flag in paper}
+    if missing := [f"--{flag.replace('_', '-')}" for flag, value in values.items() if value is None]:
         raise Error(f"the paper has no values for {task.name}: give {' '.join(missing)}")
-    args = dataclasses.replace(args, **{flag: v for flag, v in values.items() if getattr(args, flag) is None})
+    args = dataclasses.replace(args, **values)
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag, None)
         if value is not None and not low <= value <= high:  # a NaN is in no range
@@ -177,6 +173,11 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
     if args.dataset_path is not None and args.generate_episodes:
         raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")
     return args
+
+
+def first_scored(task_name: str, num_updates: int) -> int:
+    """The first update whose evaluation counts for the score: on D4RL the last, on OGBench that at 80 % of the run."""
+    return num_updates if task_name in adroit.TASKS else num_updates * 8 // 10
 
 
 # ------------------------------------------------------------------------------------------------------------- data

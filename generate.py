@@ -2,7 +2,7 @@
 
 The recipe is that of OGBench's `data_gen_scripts/generate_manipspace.py`: episodes of 1001 steps, oracle noise 0.1 with
 smoothing 0.5, a new target whenever the oracle is done. That script never uses its seed; here episode i depends on
-(seed, i) alone, so 100 episodes are the first 100 of 1000, whatever the number of processes that make them.
+i alone, so 100 episodes are the first 100 of 1000, whatever the number of processes that make them.
 """
 
 import collections
@@ -30,9 +30,7 @@ STACKING = {
     "quadruple": (0.1, 0.5),
     "octuple": (0, 0.35),
 }
-VALIDATION = (
-    1_000_000  # validation episode j is episode VALIDATION + j: it stays the same when there are more to train on
-)
+VALIDATION = 1_000_000  # validation episode j is episode VALIDATION + j, however many there are to train on
 
 
 def can_generate(dataset: str) -> bool:
@@ -74,14 +72,14 @@ def healthy(dataset: str, qpos: np.ndarray) -> bool:
     return not ((y >= 0.29) | ((y <= -0.3) & ((z < 0.06) | (z > 0.08)))).any()
 
 
-def collect_episode(dataset: str, seed: int, episode: int) -> dict[str, np.ndarray]:
+def collect_episode(dataset: str, episode: int) -> dict[str, np.ndarray]:
     """One episode as the published files hold it: a dict of arrays [1001, ...], a pure function of its arguments.
 
     OGBench's oracles draw from the global np.random, so it is seeded here: call this in a process of its own.
     """
     env = collection_env(dataset)
     for attempt in itertools.count():  # an episode that hides its block is made again
-        attempt_seed = int(np.random.SeedSequence((seed, episode, attempt)).generate_state(1)[0])
+        attempt_seed = int(np.random.SeedSequence((0, episode, attempt)).generate_state(1)[0])
         np.random.seed(attempt_seed)
         obs, info = env.reset(seed=attempt_seed)
         low, high = STACKING.get(dataset.split("-")[1], (0.5, 0.5))
@@ -121,7 +119,7 @@ def follow_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def generate(dataset: str, num_episodes: int, path: pathlib.Path, seed: int = 0, num_workers: int | None = None):
+def generate(dataset: str, num_episodes: int, path: pathlib.Path, num_workers: int | None = None):
     """Writes `num_episodes` training episodes to `path` and a tenth as many to `<path>-val`, in parallel over the
     cores.
 
@@ -133,7 +131,7 @@ def generate(dataset: str, num_episodes: int, path: pathlib.Path, seed: int = 0,
     context = multiprocessing.get_context("forkserver")
     with concurrent.futures.ProcessPoolExecutor(num_workers, context, follow_parent) as pool:
         try:
-            arrays = pool.map(functools.partial(collect_episode, dataset, seed), episodes)
+            arrays = pool.map(functools.partial(collect_episode, dataset), episodes)
             arrays = list(tqdm(arrays, f"generating {dataset}", len(episodes), unit="episode"))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -10,7 +10,6 @@ data in `data`, and so does everything that shows them.
 """
 
 import collections.abc
-import csv
 import dataclasses
 import json
 import pathlib
@@ -27,7 +26,7 @@ import tyro
 import adroit
 import common
 from reproduce import ROOT, Selection, expand, find_folder
-from run import read_rows
+from run import read_rows, to_csv
 
 matplotlib.use("agg")  # draws files, not windows
 matplotlib.rcParams["svg.hashsalt"] = "doal"  # the same picture is the same file
@@ -64,7 +63,7 @@ def collect(args: Args, flags: list[str]) -> list[dict]:
             continue
         record = json.loads((folder / "args.json").read_text())
         taken, data, known = record["args"], record["data"], paper[cell[:3]]
-        about = ("env_name", "seeds", "eval_seed", "dataset_path", "generate_episodes")  # shown by columns of their own
+        about = ("env_name", "seeds", "dataset_path", "generate_episodes")  # shown by columns of their own
         reduced = {name: taken[name] for name in known if name not in about and taken[name] != known[name]}
         shared = {
             "algorithm": cell.run.algo,
@@ -93,7 +92,7 @@ def collect(args: Args, flags: list[str]) -> list[dict]:
     return rows
 
 
-def q_grad_norms(folder: pathlib.Path, interval: int) -> dict[tuple[int, int], float]:
+def q_grad_norms(folder: pathlib.Path, interval: int) -> dict[tuple[int, int], str]:
     """{(seed, step): mean gradient norm over the `interval` updates before step} of a run that logged it."""
     norms = {}
     for row in read_rows(folder / "train.csv"):
@@ -103,7 +102,7 @@ def q_grad_norms(folder: pathlib.Path, interval: int) -> dict[tuple[int, int], f
     return {key: f"{np.mean(values):.6g}" for key, values in norms.items()}
 
 
-class Cell(NamedTuple):
+class Result(NamedTuple):
     """The results of one cell of a table."""
 
     steps: np.ndarray  # [evaluations]
@@ -113,8 +112,8 @@ class Cell(NamedTuple):
     about: dict  # what all its rows share
 
 
-def load_cells(rows: list[dict]) -> dict[tuple[str, str, str], Cell]:
-    """The rows of runs.csv as {(table, task, column): Cell}."""
+def load_cells(rows: list[dict]) -> dict[tuple[str, str, str], Result]:
+    """The rows of runs.csv as {(table, task, column): Result}."""
     groups, cells = {}, {}
     for row in rows:
         groups.setdefault((row["table"], row["task"], row["column"]), []).append(row)
@@ -125,46 +124,38 @@ def load_cells(rows: list[dict]) -> dict[tuple[str, str, str], Cell]:
             at = seeds.index(int(row["seed"])), steps.index(int(row["step"]))
             curve[at], norms[at] = float(row["score"]), float(row["q_grad_norm"] or "nan")
         last = int(group[0]["num_updates"])
-        first = last if key[1] in adroit.TASKS else 0.8 * last
+        first = common.first_scored(key[1], last)
         if key[0] in ("table3", "figure3"):  # these are not of scores but of gradients, over all of the run
             curve, first = norms, 0
         scored = curve[:, np.array(steps) >= first] if steps[-1] == last else np.zeros((0, 1))
-        cells[key] = Cell(np.array(steps), curve, norms, scored.mean(axis=1), group[0])
+        cells[key] = Result(np.array(steps), curve, norms, scored.mean(axis=1), group[0])
     return cells
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
-def iqm(scores: np.ndarray, axis: int | None = None):
-    """Interquartile mean: the mean of the middle half."""
-    return scipy.stats.trim_mean(scores, 0.25, axis=axis)
+def iqm(*scores: np.ndarray, axis: int = -1):
+    """Interquartile mean over all tasks' scores [..., seeds], the mean of their middle half: [...]."""
+    return scipy.stats.trim_mean(np.concatenate(scores, axis=axis), 0.25, axis=axis)
 
 
-def resample(tasks: list[np.ndarray], rng: np.random.Generator, repetitions: int) -> list[np.ndarray]:
-    """Stratified bootstrap: of each task's scores [seeds], `repetitions` draws of as many [repetitions, seeds]."""
-    return [scores[rng.integers(0, len(scores), (repetitions, len(scores)))] for scores in tasks]
+def improvement(*scores: np.ndarray, axis: int = -1):
+    """The mean over tasks of P(X > Y) + P(X = Y) / 2, of each task's x [..., seeds] and then each one's y: [...]."""
+    xs, ys = scores[: len(scores) // 2], scores[len(scores) // 2 :]
+    pairs = [np.sign(x[..., :, None] - y[..., None, :]) for x, y in zip(xs, ys)]  # a NaN stays one
+    return np.mean([(0.5 + 0.5 * pair).mean(axis=(-2, -1)) for pair in pairs], axis=0)
 
 
-def iqm_interval(tasks: list[np.ndarray], repetitions: int = 10_000) -> tuple[float, float, float]:
-    """IQM over all tasks and seeds, and its 95 % confidence interval by a stratified bootstrap over the seeds."""
-    draws = iqm(np.concatenate(resample(tasks, np.random.default_rng(0), repetitions), axis=1), axis=1)
-    return float(iqm(np.concatenate(tasks))), *map(float, np.quantile(draws, (0.025, 0.975)))
+def interval(statistic, scores: list[np.ndarray], repetitions: int = 10_000) -> tuple[float, float, float]:
+    """`statistic(*scores)` and its 95 % confidence interval by a bootstrap of each task's scores [seeds]: stratified.
 
-
-def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """P(X > Y) + P(X = Y) / 2 of scores x [..., seeds] and y [..., seeds]: [...]."""
-    x, y = x[..., :, None], y[..., None, :]
-    return (0.5 + 0.5 * np.sign(x - y)).mean(axis=(-2, -1))  # a NaN stays one
-
-
-def improvement_interval(
-    xs: list[np.ndarray], ys: list[np.ndarray], repetitions: int = 10_000
-) -> tuple[float, float, float]:
-    """The mean over tasks of `improvement`, and its 95 % confidence interval by a stratified bootstrap over seeds."""
-    rng = np.random.default_rng(0)
-    pairs = zip(resample(xs, rng, repetitions), resample(ys, rng, repetitions))
-    draws = np.mean([improvement(x, y) for x, y in pairs], axis=0)
-    point = np.mean([improvement(x, y) for x, y in zip(xs, ys)])
-    return float(point), *map(float, np.quantile(draws, (0.025, 0.975)))
+    The interval's ends are NaN where a task has a single seed, which says nothing of the others.
+    """
+    value, ends = float(statistic(*scores)), (np.nan, np.nan)
+    if min(map(len, scores)) > 1 and np.isfinite(value):
+        ends = scipy.stats.bootstrap(
+            scores, statistic, n_resamples=repetitions, method="percentile", rng=0
+        ).confidence_interval
+    return value, *map(float, ends)
 
 
 def profile(tasks: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
@@ -180,7 +171,7 @@ def unit_of(table: str, task: str) -> str:
     return "normalized return" if task in adroit.TASKS else "success (%)"
 
 
-def summarize(cells: dict[tuple[str, str, str], Cell]) -> list[dict]:
+def summarize(cells: dict[tuple[str, str, str], Result]) -> list[dict]:
     """What the tables and the page show of each cell, and of the paper's where it has that cell."""
     paper = {(row["table"], row["task"], row["column"]): row for row in read_rows(ROOT / "results" / "paper.csv")}
     entries = []
@@ -210,7 +201,7 @@ def summarize(cells: dict[tuple[str, str, str], Cell]) -> list[dict]:
     return entries
 
 
-def label(cells: list[Cell]) -> str:
+def label(cells: list[Result]) -> str:
     """What sets these results apart from the paper's: reduced settings, other data, fewer seeds."""
     settings = [dict.fromkeys(cell.about["reduced"].split()) for cell in cells]
     shared = [text for text in settings[0] if all(text in others for others in settings)]
@@ -248,7 +239,7 @@ def markdown(cells: dict, entries: list[dict], table: str) -> str:
 
 
 def in_order(keys: collections.abc.Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """The tasks of (task, column) keys in the paper's order, and the columns in the order of their coming."""
+    """The tasks of (task, column) keys in the paper's order, and the columns in order of first appearance."""
     tasks, columns = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
     return sorted(tasks, key=list(common.PAPER).index), columns
 
@@ -284,14 +275,14 @@ def aggregate(cells: dict, table: str) -> list[dict]:
     for name, family in families(tasks):
         scores = {column: [found[task, column] for task in family if (task, column) in found] for column in columns}
         scores = {column: tasks for column, tasks in scores.items() if len(tasks) == len(family)}
-        pairs = {f"{d} > {base}": (scores[d], scores[base]) for base, d in PAIRS if {base, d} <= scores.keys()}
+        pairs = {f"{d} > {base}": scores[d] + scores[base] for base, d in PAIRS if {base, d} <= scores.keys()}
         aggregates.append(
             {
                 "family": name,
                 "tasks": family,
                 "scores": scores,
-                "iqm": {column: iqm_interval(tasks) for column, tasks in scores.items()},
-                "improvement": {pair: improvement_interval(*both) for pair, both in pairs.items()},
+                "iqm": {column: interval(iqm, tasks) for column, tasks in scores.items()},
+                "improvement": {pair: interval(improvement, both) for pair, both in pairs.items()},
             }
         )
     return aggregates
@@ -420,10 +411,7 @@ def main(args: Args, flags: list[str]):
         rows = collect(args, flags)
         if not rows:
             raise common.Error("none of these cells has been run: python reproduce.py with the same words runs them")
-        with open(folder / "runs.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        (folder / "runs.csv").write_text(to_csv(rows, header=True))
     cells = load_cells(read_rows(folder / "runs.csv"))
     entries = summarize(cells)
     texts, pictures = [], []

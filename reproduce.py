@@ -29,7 +29,7 @@ import tyro
 
 import adroit
 import common
-from run import ELSEWHERE, read_rows
+from run import BYSTANDERS, read_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent
 SEEDS = {8: (111, 222, 333, 444, 555, 666, 777, 888), 4: (11, 22, 33, 44)}  # the paper's: 8, and 4 for its ablations
@@ -64,7 +64,6 @@ figure8  num_target_samples=4  dmfql      ogbench  4      --num-target-samples 4
 figure8  num_target_samples=1  dmfql      ogbench  4      --num-target-samples 1
 """  # Table 3 has the deltas of the IQL columns, and all of these learn the same Q
 BENCHMARK = json.loads((ROOT / "results" / "benchmark.json").read_text())
-BYSTANDERS = ELSEWHERE - {"env_name", "dataset_path", "generate_episodes"}  # flags that change no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +125,9 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
     Raises Error if there is no such task, column or flag, or if a column sets one of the flags itself.
     """
     given, name = {}, ""  # {field of an algorithm's Args: the flag and its values}
+    field_of = lambda flag: re.sub("^--(no-)?|=.*", "", flag).replace("-", "_")
     for word in flags:
-        name = re.sub("^--(no-)?|=.*", "", word).replace("-", "_") if word.startswith("--") else name
+        name = field_of(word) if word.startswith("--") else name
         given.setdefault(name, []).append(word)
     if "" in given:
         raise common.Error(f"{given[''][0]!r} belongs to no flag: behind -- stand flags of algos/*.py")
@@ -138,8 +138,8 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
         module = importlib.import_module(f"algos.{algo}")
         fields = {field.name for field in dataclasses.fields(module.Args)}
         unknown -= fields | {column}
-        if set(own) & {word for words in given.values() for word in words if word.startswith("--")}:
-            raise common.Error(f"{table} varies {own[0]} itself: leave it out behind --")
+        if taken := given.keys() & {"env_name", "resume", *map(field_of, own[:1])}:
+            raise common.Error(f"{table} sets {', '.join(sorted(taken))} itself: leave it out behind --")
         for task in common.PAPER:
             kind = "adroit" if task in adroit.TASKS else "ogbench"
             if family not in ("all", kind) or (selection.tasks and task not in selection.tasks):
@@ -302,7 +302,7 @@ def hours(run: Run) -> float:
     From the updates per second of one seed at the paper's sizes that benchmark.py measured there, by the run's updates,
     seeds, batch and weights.
     """
-    speeds = {row["algo"]: row["updates_per_second"]["ours"] for row in BENCHMARK["rows"]}
+    speeds = {row["algo"]: row["updates_per_second"]["ours"] for row in BENCHMARK["rows"] if row["num_seeds"] == 1}
     args = json.loads(run.args)
     weights = sum(a * b for a, b in itertools.pairwise(args["hidden_dims"]))
     scale = args["batch_size"] / 256 * max(weights / (3 * 512 * 512), 0.02)  # small networks cost their overhead

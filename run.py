@@ -8,7 +8,6 @@ import collections.abc
 import concurrent.futures
 import csv
 import dataclasses
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -21,6 +20,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -35,6 +35,7 @@ from common import (
     Environments,
     Error,
     evaluate,
+    first_scored,
     load_dataset,
     load_task,
     rendering_backend,
@@ -45,9 +46,9 @@ from common import (
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a run to stop
-CHECKPOINT_VERSION = 1  # rises with every change of what a checkpoint holds
-ELSEWHERE = {"env_name", "dataset_path", "generate_episodes", "num_workers", "resume"}  # flags that are no values
-ELSEWHERE |= {"track", "wandb_project_name", "capture_video"}
+CHECKPOINT_VERSION = 1  # rises when what a checkpoint holds changes
+BYSTANDERS = {"num_workers", "resume", "track", "wandb_project_name", "capture_video"}  # flags that change no number
+ELSEWHERE = BYSTANDERS | {"env_name", "dataset_path", "generate_episodes"}  # or are recorded as task and data
 TRACKING_PATIENCE = 60  # seconds for Weights & Biases to take the rest when a run ends
 
 
@@ -148,9 +149,9 @@ def read_checkpoint(path: pathlib.Path, algo: str, args) -> dict:
 
 def git_commit() -> str | None:
     """The commit of this code, with a + if files differ from it; None outside of git."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:  # without --exclude, a tag would stand in place of the commit
+        return subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -197,8 +198,7 @@ class Run:
             self.folder = pathlib.Path("runs", args.env_name, algo, name)
             try:
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
-                if not os.access(self.folder.parent, os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                tempfile.TemporaryFile(dir=self.folder.parent).close()
             except OSError as error:
                 raise Error(f"cannot write to {self.folder.parent.absolute()} ({error.strerror}): start elsewhere")
         self.drawing = {"MUJOCO_GL": rendering_backend()} if args.capture_video else {}
@@ -247,7 +247,7 @@ class Run:
             self.tracking.start()
         for number in SIGNALS:
             signal.signal(number, self.ask_to_stop)
-        calm = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: few in a log file
+        calm = 0.1 if sys.stderr.isatty() else 10  # seconds between redraws of the bar: few in a log file
         self.bar = tqdm(total=self.args.num_updates, desc=self.algo, unit="update", mininterval=calm, smoothing=0.1)
         return self
 
@@ -261,7 +261,7 @@ class Run:
         if self.tracking.is_alive():
             self.tracking.join(TRACKING_PATIENCE)
             if self.tracking.is_alive():
-                self.tracking = None  # what it has to say later comes too late
+                self.tracking = None  # silences the warning that it would print after this one
                 tell(f"warning: Weights & Biases did not take all: wandb sync {self.folder}/wandb/* sends the rest")
         self.lock.release()
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
@@ -418,7 +418,7 @@ class Run:
     def print_score(self):
         """Prints the score by the paper's protocol: of each seed, the mean of the evaluations at 80, 90 and 100% of the
         run, or the last one on D4RL; over the seeds, mean and standard deviation (ddof 0)."""
-        first = (10 if self.task.adroit else 8) * self.interval
+        first = first_scored(self.task.name, self.args.num_updates)
         rows = [row for row in read_rows(self.folder / "eval.csv") if int(row["step"]) >= first]
         seeds = {seed: [float(row["score"]) for row in rows if int(row["seed"]) == seed] for seed in self.args.seeds}
         scores = [np.mean(values) for values in seeds.values()]

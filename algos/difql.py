@@ -1,8 +1,8 @@
 """DIFQL: ifql.py, whose policy clones the optimal action of DOAL (Eq. 17) in place of the data action.
 
-    critic   mean (Q(s, a) - (r + discount V(s')))^2
+    critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
-    actor    alpha mean ||v(s, a_t, t) - (a* - z)||^2,  a_t = (1 - t) a* + t z,  z ~ N(0, I),  t ~ U[0, 1],
+    actor    alpha mean (v(s, a_t, t) - (a* - z))^2,  a_t = (1 - t) a* + t z,  z ~ N(0, I),  t ~ U[0, 1],
              a* = a + delta / mean||grad_a Q(s, a)|| grad_a Q(s, a)
     acts by  the best by Q of num_samples policy actions
 

@@ -1,6 +1,6 @@
 """DIQL: iql.py, whose policy clones the optimal action of DOAL (Eq. 17) in place of the data action.
 
-    critic   mean (Q(s, a) - (r + discount V(s')))^2
+    critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
     actor    -mean min(exp(alpha (Q(s, a) - V(s))), 100) log N(a*; mean(s), I),
              a* = a + delta / mean||grad_a Q(s, a)|| grad_a Q(s, a)

@@ -1,8 +1,8 @@
 """DMFReBRAC: mfrebrac.py, whose policy clones the optimal action of DOAL (Eq. 17) in place of the data action.
 
-    critic   mean (Q(s, a) - (r + discount (Q'(s', a') - alpha_critic ||a' - a'_data||^2)))^2,
+    critic   mean (Q(s, a) - (r + discount mask (Q'(s', a') - alpha_critic ||a' - a'_data||^2)))^2,
              a' the best by Q' of num_target_samples policy actions, a'_data the action taken at s' in the data
-    actor    alpha mean ||v(s, a_t, t) - (a* - z)||^2,  a_t = (1 - t) a* + t z,  z ~ N(0, I),  t ~ U[0, 1],
+    actor    alpha mean (v(s, a_t, t) - (a* - z))^2,  a_t = (1 - t) a* + t z,  z ~ N(0, I),  t ~ U[0, 1],
              a* = a + delta / mean||grad_a Q(s, a)|| grad_a Q(s, a)
     acts by  the best by Q of num_samples policy actions
 

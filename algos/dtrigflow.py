@@ -1,8 +1,8 @@
 """DTrigFlow: trigflow.py, whose policy clones the optimal action of DOAL (Eq. 17) in place of the data action.
 
-    critic   mean (Q(s, a) - (r + discount V(s')))^2
+    critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
-    actor    alpha mean ||f(s, a_t, t) - a*||^2,  f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
+    actor    alpha mean (f(s, a_t, t) - a*)^2,  f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
              a_t = cos(t) a* + sin(t) z,  z ~ N(0, I),  t ~ U[0, pi / 2],
              a* = a + delta / mean||grad_a Q(s, a)|| grad_a Q(s, a)
     acts by  the best by Q of num_samples policy actions

@@ -1,8 +1,8 @@
 """ETrigFlow: trigflow.py, whose policy also climbs Q through one denoising step (Eq. 20).
 
-    critic   mean (Q(s, a) - (r + discount V(s')))^2
+    critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
-    actor    alpha mean ||f(s, a_t, t) - a||^2 - mean Q(s, f(s, a_t, t)),  f clipped to [-1, 1] for Q,
+    actor    alpha mean (f(s, a_t, t) - a)^2 - mean Q(s, f(s, a_t, t)),  f clipped to [-1, 1] for Q,
              f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
              a_t = cos(t) a + sin(t) z,  z ~ N(0, I),  t ~ U[0, pi / 2]
     acts by  the best by Q of num_samples policy actions

@@ -1,8 +1,8 @@
 """FQL: Flow Q-learning (Park et al., 2025c), whose one-step student of a flow policy maximizes Q.
 
-    critic   mean (Q(s, a) - (r + discount Q'(s', pi(s', z))))^2,  z ~ N(0, I)
-    flow     mean ||v(s, a_t, t) - (a - z)||^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
-    actor    alpha mean ||pi(s, z) - flow(s, z)||^2 - mean Q(s, pi(s, z)),  flow(s, z) flow_steps Euler steps from z
+    critic   mean (Q(s, a) - (r + discount mask Q'(s', pi(s', z))))^2,  z ~ N(0, I)
+    flow     mean (v(s, a_t, t) - (a - z))^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
+    actor    alpha mean (pi(s, z) - flow(s, z))^2 - mean Q(s, pi(s, z)),  flow(s, z) flow_steps Euler steps from z
     acts by  pi(s, z) of one z
 
 t = 1 is noise and t = 0 is data, as in the DOAL paper; in FQL's it is the other way round. q_agg makes Q' of the two

@@ -1,8 +1,8 @@
 """IFQL: implicit Q-learning (Eq. 1) with a flow-matching policy (Eq. 3) that acts by MaxQ sampling (Eq. 9).
 
-    critic   mean (Q(s, a) - (r + discount V(s')))^2
+    critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
-    actor    alpha mean ||v(s, a_t, t) - (a - z)||^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
+    actor    alpha mean (v(s, a_t, t) - (a - z))^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
     acts by  the best by Q of num_samples policy actions
 
 t = 1 is noise and t = 0 is data, as in the paper.

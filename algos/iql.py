@@ -1,6 +1,6 @@
 """IQL: implicit Q-learning (Eq. 1) with a Gaussian policy by advantage-weighted regression (Eq. 2).
 
-    critic   mean (Q(s, a) - (r + discount V(s')))^2
+    critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
     actor    -mean min(exp(alpha (Q(s, a) - V(s))), 100) log N(a; mean(s), I)
     acts by  the mean, clipped to [-1, 1]

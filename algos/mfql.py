@@ -1,7 +1,7 @@
 """MFQL: Q-learning (Eq. 22) with a flow-matching policy (Eq. 3) that acts by MaxQ sampling (Eq. 9).
 
-    critic   mean (Q(s, a) - (r + discount Q'(s', a')))^2,  a' the best by Q' of num_target_samples policy actions
-    actor    alpha mean ||v(s, a_t, t) - (a - z)||^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
+    critic   mean (Q(s, a) - (r + discount mask Q'(s', a')))^2,  a' the best by Q' of num_target_samples policy actions
+    actor    alpha mean (v(s, a_t, t) - (a - z))^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
     acts by  the best by Q of num_samples policy actions
 
 t = 1 is noise and t = 0 is data, as in the paper.

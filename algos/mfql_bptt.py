@@ -1,7 +1,7 @@
 """MFQL-BPTT: mfql.py, whose policy maximizes Q through all of its flow steps (Eq. 10).
 
-    critic   mean (Q(s, a) - (r + discount Q'(s', a')))^2,  a' the best by Q' of num_target_samples policy actions
-    actor    alpha mean ||v(s, a_t, t) - (a - z)||^2 - mean Q(s, pi(s)),  pi(s) flow_steps Euler steps from noise,
+    critic   mean (Q(s, a) - (r + discount mask Q'(s', a')))^2,  a' the best by Q' of num_target_samples policy actions
+    actor    alpha mean (v(s, a_t, t) - (a - z))^2 - mean Q(s, pi(s)),  pi(s) flow_steps Euler steps from noise,
              a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
     acts by  the best by Q of num_samples policy actions
 

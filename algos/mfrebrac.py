@@ -1,8 +1,8 @@
 """MFReBRAC: mfql.py, with Q-learning regularized as in ReBRAC (Eq. 23).
 
-    critic   mean (Q(s, a) - (r + discount (Q'(s', a') - alpha_critic ||a' - a'_data||^2)))^2,
+    critic   mean (Q(s, a) - (r + discount mask (Q'(s', a') - alpha_critic ||a' - a'_data||^2)))^2,
              a' the best by Q' of num_target_samples policy actions, a'_data the action taken at s' in the data
-    actor    alpha mean ||v(s, a_t, t) - (a - z)||^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
+    actor    alpha mean (v(s, a_t, t) - (a - z))^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
     acts by  the best by Q of num_samples policy actions
 
 t = 1 is noise and t = 0 is data, as in the paper.

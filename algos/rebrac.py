@@ -1,9 +1,10 @@
 """ReBRAC (Tarasov et al., 2023): a deterministic policy, kept near the data in the actor and in the critic (Eq. 11).
 
-    critic   mean (Q(s, a) - (r + discount (Q'(s', a') - alpha_critic ||a' - a'_data||^2)))^2,
-             a' = pi'(s') + clip(N(0, policy_noise), +-noise_clip),  a'_data the action taken at s' in the data
+    critic   mean (Q(s, a) - (r + discount mask (Q'(s', a') - alpha_critic ||a' - a'_data||^2)))^2,
+             a' = pi'(s') + clip(N(0, policy_noise), +-noise_clip), clipped to [-1, 1],
+             a'_data the action taken at s' in the data
     actor    alpha_actor mean ||pi(s) - a||^2 - mean Q(s, pi(s)) / mean |Q(s, pi(s))|,  every policy_frequency updates
-    acts by  pi(s)
+    acts by  pi(s), clipped to [-1, 1]
 
 Q is the smaller of the two critics. `--no-tanh` gives the paper's ReBRAC (Gauss), whose pi is a plain linear output.
 """
@@ -179,7 +180,7 @@ def update(args, dataset, state, _):
         actor = state.actor.apply_gradients(grads=actor_grads)
         target_actor = optax.incremental_update(actor.params, state.target_actor, args.tau)
         target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
-        # so that the mean over all updates is the mean over those that move
+        # so that the mean over a chunk is the mean over its updates that move, if policy_frequency divides its length
         metrics = {name: args.policy_frequency * value for name, value in metrics.items()}
         return actor, target_actor, target_critic, metrics
 

@@ -1,8 +1,8 @@
 """TrigFlow: implicit Q-learning (Eq. 1) with a diffusion policy (Eqs. 5-8) that acts by MaxQ sampling (Eq. 9).
 
-    critic   mean (Q(s, a) - (r + discount V(s')))^2
+    critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
-    actor    alpha mean ||f(s, a_t, t) - a||^2,  f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
+    actor    alpha mean (f(s, a_t, t) - a)^2,  f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
              a_t = cos(t) a + sin(t) z,  z ~ N(0, I),  t ~ U[0, pi / 2]
     acts by  the best by Q of num_samples policy actions
 

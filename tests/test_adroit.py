@@ -142,13 +142,13 @@ def test_shapes_dtypes_and_horizon(hand, env):
     sizes = adroit.HANDS[hand]
     assert isinstance(env, gymnasium.Env)
     assert env.observation_space.shape == (sizes.obs_dim,)
-    assert env.action_space == gymnasium.spaces.Box(-1, 1, (sizes.act_dim,), np.float32)
+    assert env.action_space == gymnasium.spaces.Box(-1, 1, (sizes.action_dim,), np.float32)
     obs, _ = env.reset(seed=0)
     assert obs.shape == (sizes.obs_dim,)
     assert obs.dtype == np.float64
     steps, ended = 0, False
     while not ended:
-        obs, reward, terminated, truncated, info = env.step(np.zeros(sizes.act_dim, np.float32))
+        obs, reward, terminated, truncated, info = env.step(np.zeros(sizes.action_dim, np.float32))
         assert obs.shape == (sizes.obs_dim,)
         assert obs.dtype == np.float64
         assert type(reward) is float
@@ -159,7 +159,7 @@ def test_shapes_dtypes_and_horizon(hand, env):
 
 
 def test_actions_are_clipped(hand, env):
-    big, one = np.full(adroit.HANDS[hand].act_dim, 5.0), np.ones(adroit.HANDS[hand].act_dim)
+    big, one = np.full(adroit.HANDS[hand].action_dim, 5.0), np.ones(adroit.HANDS[hand].action_dim)
     outcomes = []
     for action in (big, one):
         env.reset(seed=1)

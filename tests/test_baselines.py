@@ -112,22 +112,6 @@ def first_adam_step(params, gradient):
     )
 
 
-def test_fql_steps_every_network_at_the_old_parameters(dataset):
-    algo, args = load_algo("fql"), small_args("fql")
-    state = one_state("fql", args, dataset)
-    new, metrics = algo.update(args, dataset, state, None)
-    _, batch_key, *keys = jax.random.split(state.key, 5)
-    batch = common.sample_batch(dataset, batch_key, args.batch_size)
-    for part, key in zip(("critic", "flow", "actor"), keys):
-        loss, old = getattr(algo, f"{part}_loss"), getattr(state, part).params
-        gradient = jax.grad(lambda p, loss=loss, key=key: loss(p, args, state, batch, key)[0])(old)
-        close = functools.partial(np.testing.assert_allclose, atol=2e-6)
-        assert_same(getattr(new, part).params, first_adam_step(old, gradient), close)
-    move = lambda old, new, target: np.testing.assert_allclose(target, 0.995 * old + 0.005 * new, atol=1e-6)
-    jax.tree.map(move, state.target_critic, new.critic.params, new.target_critic)
-    assert metrics.keys() == {"critic_loss", "q", "flow_loss", "distill_loss", "actor_q"}
-
-
 def test_fql_acts_by_its_student_in_one_step():
     args, state, batch, _ = fixed_inputs("fql")
     obs, keys = np.asarray(batch.obs[:6]).reshape(1, 6, 5), jax.random.split(jax.random.PRNGKey(0), 6)[None]
@@ -192,4 +176,4 @@ def test_rebrac_moves_its_actor_and_targets_every_so_many_updates(frequency, dat
             for net in ("actor", "critic"):
                 expected = jax.tree.map(lambda target, new: 0.995 * target + 0.005 * new,
                                         getattr(old, f"target_{net}"), getattr(state, net).params)  # fmt: skip
-                assert_same(getattr(state, f"target_{net}"), expected, functools.partial(close, atol=1e-6))
+                assert_same(getattr(state, f"target_{net}"), expected, functools.partial(close, atol=2e-7))

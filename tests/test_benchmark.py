@@ -1,14 +1,16 @@
 """The floor that benchmark.py measures against counts every matrix product of an update."""
 
 import functools
+import os
 import re
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_algo, make_states, small_args
+from conftest import ROOT, load_algo, make_states, small_args
 
 import benchmark
 import common
@@ -65,6 +67,12 @@ def test_a_start_that_fails_is_no_measurement(monkeypatch, tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as error:
         benchmark.whole_runs("no_such_file", 1, benchmark.Args(num_transitions=1, run_updates=50))
     assert error.value.cmd[-1] == "10"  # the first start, not the whole run of 50 updates after it
+
+
+def test_fqls_code_is_timed_without_our_flags():
+    code = "import benchmark, os; benchmark.import_common(); print(os.environ.get('XLA_FLAGS', ''))"
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    assert not subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout.strip()
 
 
 @pytest.mark.parametrize("name", ["iql", "diql"])

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import errno
 import os
-import re
 import sys
 import threading
 import time
@@ -193,7 +192,7 @@ def test_any_bytes_are_a_files_name(tmp_path, data_path):
     code, out, err = run_cli("dmfql", *flags, "--batch-size", 10**8, cwd=tmp_path)
     assert code == 1 and "Traceback" not in err and "error: too little memory" in err, (out, err)
     code, out, err = run_cli("dmfql", "--env-name", "\udcff", cwd=tmp_path)
-    assert code == 1 and err.startswith("error: there is no task") and err.count("\n") == 1
+    assert code == 1 and out == "" and err.startswith("error: there is no task") and err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -226,11 +225,3 @@ def test_a_generation_whose_process_dies_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(common.generate, "generate", die)
     with pytest.raises(common.Error, match=f"cannot generate {tmp_path}.*a process died"):
         common.load_dataset(common.load_task(TASK), None, 1)
-
-
-def test_no_file_can_run_code():
-    """Nothing here unpickles, evaluates or hands to a shell what it reads."""
-    dangerous = r"\b(pickle|marshal|shelve|eval|exec|compile|system|popen)\(|^import (pickle|marshal|shelve)|shell=True"
-    dangerous += r"|allow_pickle=True|pickle\.load"
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("algos/*.py")]:
-        assert not re.search(dangerous, path.read_text(), re.MULTILINE), path

@@ -1,6 +1,5 @@
 """The IQL family: its losses against FQL's official code and independent numpy, TrigFlow, the toy, and MaxQ's bias."""
 
-import functools
 import pathlib
 import types
 
@@ -9,9 +8,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, load_algo, make_states, small_args
+from conftest import load_algo, small_args
 from modes import learned_actions, mode_shares
-from test_paper import gelu, numpy_critics, numpy_flow, numpy_mlp
+from test_paper import gelu, numpy_critics, numpy_flow, numpy_mlp, one_state
 
 import common
 
@@ -76,29 +75,6 @@ def test_losses_gradients_and_actions_are_those_of_fql(name, monkeypatch):
     for key, value in found.items():
         expected = FQL[f"{name}.{key}"]
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=key)
-
-
-@pytest.mark.parametrize(
-    "name, values",
-    [
-        ("iql", {"alpha": 1}),  # the temperature of AWR, not the weight of a behaviour loss
-        ("diql", {"alpha": 1, "delta": 0.03}),
-        ("ifql", {"alpha": 300, "num_samples": 32}),
-        ("difql", {"alpha": 300, "num_samples": 32, "delta": 0.03}),
-        ("trigflow", {"alpha": 300, "num_samples": 32}),
-        ("dtrigflow", {"alpha": 300, "num_samples": 32, "delta": 0.03}),
-        ("etrigflow", {"alpha": 300, "num_samples": 32}),
-    ],
-)
-def test_the_papers_values_are_taken(name, values):
-    args = vars(small_args(name))
-    values |= {"q_agg": "min", "expectile": 0.9, "discount": 0.99}
-    assert {key: args[key] for key in values} == values
-    assert {"delta", "num_samples"} & args.keys() == {"delta", "num_samples"} & values.keys()
-
-
-def one_state(name, args, dataset):
-    return jax.tree.map(lambda leaf: leaf[0], make_states(name, args, dataset))
 
 
 @pytest.mark.parametrize("name, tanh", [("iql", False), ("iql", True), ("diql", False)])
@@ -179,14 +155,6 @@ def test_flow_and_diffusion_recover_the_modes_that_a_gaussian_cannot(name, num_u
         assert shares.sum() > 0.8 and shares.min() > 0.15
 
 
-def test_one_sample_of_max_q_is_the_policy(dataset, batch):
-    algo, args = load_algo("ifql"), small_args("ifql")
-    state, key = one_state("ifql", args, dataset), jax.random.PRNGKey(1)
-    action, _ = algo.max_q(args, state, state.critic.params, batch.obs, 1, key)
-    sample = state.actor.apply_fn(state.actor.params, batch.obs[None], key, method="sample")[0]
-    np.testing.assert_array_equal(action, sample)
-
-
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_proposition_3(noise):
     """Of more samples, MaxQ selects a higher Q. Where Q is noisy, the more so the farther from the best action, as it
@@ -214,20 +182,3 @@ def test_proposition_3(noise):
     else:
         assert (np.diff(value) > 0).all()
         np.testing.assert_allclose(q, value, rtol=1e-5)
-
-
-def test_update_against_numpy(dataset):
-    """Every gradient at the old parameters, Adam's first step, the target towards the new critic."""
-    algo, args = load_algo("difql"), small_args("difql")
-    state = one_state("difql", args, dataset)
-    state = state._replace(target_critic=jax.tree.map(lambda p: 1.1 * p + 0.01, state.target_critic))
-    new, _ = algo.update(args, dataset, state, None)
-    _, batch_key, actor_key = jax.random.split(state.key, 3)
-    batch = common.sample_batch(dataset, batch_key, args.batch_size)
-    for network, more in (("critic", ()), ("value", ()), ("actor", (actor_key,))):
-        old, stepped = getattr(state, network).params, getattr(new, network).params
-        gradient = jax.grad(getattr(algo, f"{network}_loss"), has_aux=True)(old, args, state, batch, *more)[0]
-        adam = jax.tree.map(lambda p, g: p - 3e-4 * g / (jnp.abs(g) + 1e-8), old, gradient)
-        assert_same(stepped, adam, functools.partial(np.testing.assert_allclose, atol=2e-6))
-    move = lambda old, new, target: np.testing.assert_allclose(target, 0.995 * old + 0.005 * new, atol=1e-6)
-    jax.tree.map(move, state.target_critic, new.critic.params, new.target_critic)

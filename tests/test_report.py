@@ -21,13 +21,13 @@ def tasks():
 
 
 def test_iqm_is_the_mean_of_the_middle_half():
-    scores = np.array([[9.0, 1, 2, 100], [3, 4, 5, 6]])
-    assert report.iqm(scores) == np.mean([3, 4, 5, 6])  # of 1 2 | 3 4 5 6 | 9 100
+    scores = np.array([9.0, 1, 2, 100]), np.array([3, 4, 5, 6])
+    assert report.iqm(*scores) == np.mean([3, 4, 5, 6])  # of 1 2 | 3 4 5 6 | 9 100
     assert report.iqm(np.arange(5.0)) == np.mean([1, 2, 3])  # a quarter of 5 is cut to 1
 
 
 def test_the_interval_of_the_iqm_is_a_stratified_bootstrap(tasks):
-    value, low, high = report.iqm_interval(tasks, repetitions=500)
+    value, low, high = report.interval(report.iqm, tasks, repetitions=500)
     rng, draws = np.random.default_rng(0), []
     indices = [rng.integers(0, len(scores), (500, len(scores))) for scores in tasks]
     for i in range(500):
@@ -37,17 +37,18 @@ def test_the_interval_of_the_iqm_is_a_stratified_bootstrap(tasks):
     np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), rtol=1e-12)
     assert low < value < high
     constant = [np.full(4, 3.0), np.full(4, 7.0)]  # a draw never mixes tasks: nothing varies within them
-    assert report.iqm_interval(constant, repetitions=50) == (5, 5, 5)
+    assert report.interval(report.iqm, constant, repetitions=50) == (5, 5, 5)
 
 
 def test_probability_of_improvement_is_mann_whitneys(tasks):
     x, y = tasks[0], tasks[1]
     naive = np.mean([float(a > b) + 0.5 * (a == b) for a, b in itertools.product(x, y)])
     assert report.improvement(x, y) == naive == scipy.stats.mannwhitneyu(x, y).statistic / (len(x) * len(y))
-    value, low, high = report.improvement_interval(tasks, [y, x, x], repetitions=200)
+    value, low, high = report.interval(report.improvement, [*tasks, y, x, x], repetitions=200)
     assert value == np.mean([report.improvement(a, b) for a, b in zip(tasks, [y, x, x])])
     assert 0 <= low < value < high <= 1
-    assert report.improvement_interval([np.array([2.0, 3])], [np.array([0.0, 1])], 50) == (1, 1, 1)
+    assert report.interval(report.improvement, [np.array([2.0, 3]), np.array([0.0, 1])], 50) == (1, 1, 1)
+    assert np.isnan(report.interval(report.improvement, [np.array([2.0]), np.array([0.0])])[1:]).all()  # single seeds
     assert np.isnan(report.improvement(np.array([1, np.nan]), y))  # a seed that diverged is not hidden
 
 
@@ -121,7 +122,7 @@ def test_reduced_generated_and_diverged_are_never_hidden(runs):
 
 def test_full_size_runs_are_compared_with_the_paper():
     about = {"reduced": "", "data": "published", "transitions": "10", "num_updates": "20", "run": "r"}
-    cell = report.Cell(np.arange(2, 21, 2), np.zeros((8, 10)), np.zeros((8, 10)), np.full(8, 90.0), about)
+    cell = report.Result(np.arange(2, 21, 2), np.zeros((8, 10)), np.zeros((8, 10)), np.full(8, 90.0), about)
     (entry,) = report.summarize({("table2", "scene-play", "dmfql"): cell})
     assert (entry["paper"], entry["difference"], entry["text"]) == ("90 ± 10", 0, "90.0 ± 0.0")
     assert entry["label"] == "full size; published data (10 transitions); 8 seeds"

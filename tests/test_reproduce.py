@@ -65,7 +65,12 @@ def test_a_run_that_two_figures_share_is_one():
         (Selection(("table4",), ("pen-human-v1",)), [], "nothing that was selected has pen-human-v1"),
         (Selection(("table1",)), ["--num-target-samples", "1"], "has num_target_samples"),
         (Selection(("table1",)), ["20000"], "'20000'"),
-        (Selection(("figure6",)), ["--delta", "0.2"], "figure6 varies --delta itself"),
+        (Selection(("figure6",)), ["--delta", "0.2"], "figure6 sets delta itself"),
+        (Selection(("figure6",)), ["--delta=0.2"], "figure6 sets delta itself"),
+        (Selection(("figure8",)), ["--num_target_samples", "2"], "figure8 sets num_target_samples itself"),
+        (Selection(("table1",)), ["--no-tanh"], "table1 sets tanh itself"),
+        (Selection(("table2",)), ["--env-name", "cube-single-play"], "table2 sets env_name itself"),
+        (Selection(("table2",)), ["--resume", "runs/x"], "table2 sets resume itself"),
         (Selection(("table2",)), ["--num-updates", "15"], "give a multiple of 10"),
     ],
 )
