@@ -50,7 +50,7 @@ os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in XLA_FLAGS if flag.split("
 
 
 class Error(SystemExit):
-    """Something the user can mend: ends the program with its one sentence and exit code 1, without a traceback."""
+    """Something the user can fix: ends the program with its one sentence and exit code 1, without a traceback."""
 
     def __init__(self, sentence: str):
         super().__init__(f"error: {sentence}")
@@ -240,7 +240,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         recorded = record.read_bytes() if record.exists() else b""
     except OSError as error:
-        raise Error(f"cannot read {error.filename} ({error.strerror}): mend that, or name another file")
+        raise Error(f"cannot read {error.filename} ({error.strerror}): fix that, or name another file")
     if not recorded.endswith(b"\n"):  # none, or cut short
         recorded = b""
     if recorded and recorded[:64] != sha256.encode():
@@ -547,7 +547,7 @@ def evaluate(
         except SlotFailure as error:
             slot, reason = error.args
             seed, i = seeds[slot // slots], episode.flat[slot]
-            raise Error(f"evaluation failed in episode {i} of seed {seed} ({reason}): mend that, and resume the run")
+            raise Error(f"evaluation failed in episode {i} of seed {seed} ({reason}): fix that, then resume the run")
         if obs is None:
             obs = np.zeros((num_seeds, slots, len(answers[0][0])), np.float32)
         for slot, (slot_obs, _) in answers.items():

@@ -63,7 +63,7 @@ def write_file(path: pathlib.Path, content: bytes):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise Error(f"cannot write {path} ({error.strerror}): mend that, and resume the run")
+        raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
 
 
 def to_csv(rows: list[dict], header: bool) -> str:
@@ -83,7 +83,7 @@ def append_rows(path: pathlib.Path, rows: list[dict]):
         with open(path, "a") as file:
             file.write(to_csv(rows, header=file.tell() == 0))
     except OSError as error:
-        raise Error(f"cannot write {path} ({error.strerror}): mend that, and resume the run")
+        raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
@@ -235,7 +235,7 @@ class Run:
         except filelock.Timeout:
             raise Error(f"{self.folder} is being trained by another process: let that one end, or stop it")
         except OSError as error:
-            raise Error(f"cannot write to {self.folder} ({error.strerror}): mend that, and resume the run")
+            raise Error(f"cannot write to {self.folder} ({error.strerror}): fix that, then resume the run")
         self.print_banner()
         slots = slots_per_seed(len(self.args.seeds), self.args.eval_episodes)
         workers = self.args.num_workers or os.cpu_count()

@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(common.Error, match=f"cannot write {path} .No space left on device.: mend that, and resume"):
+    with pytest.raises(common.Error, match=f"cannot write {path} .No space left on device.: fix that, then resume"):
         run.write_file(path, b"second")
     assert path.read_bytes() == b"first" and os.listdir(tmp_path) == [path.name]
 

@@ -265,6 +265,15 @@ def test_a_full_disk_is_named(tmp_path):
         run.append_rows(pathlib.Path("/dev/full"), [{"step": 1}])
 
 
+def test_the_commit_is_no_tags_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "m"], ["tag", "-a", "v1", "-m", "m"]):
+        subprocess.run(["git", "-C", tmp_path, *who, *command], check=True)
+    head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert run.git_commit() == head.stdout.strip()
+
+
 def test_diverging_seeds_are_named(tmp_path, monkeypatch, capsys):
     """One of two seeds diverges: it is named once and the other goes on; when both have, the run ends."""
     monkeypatch.chdir(tmp_path)
