@@ -68,12 +68,12 @@ class Args:
     """turns of each contestant"""
     fql_dir: str | None = None
     """a clone of the official FQL code, which then takes its turns with those of iql, ifql, fql and rebrac it has"""
-    eval_episodes: int = 0
-    """episodes of one evaluation (0: none)"""
+    eval_episodes: int | None = None
+    """episodes of one evaluation (None: none, but 50 in a whole run)"""
     fql_eval_episodes: int = 5
     """episodes of FQL's evaluation loop, before and again after ours"""
-    run_updates: int = 0
-    """updates of a whole run from the command line, evaluated at each tenth on eval_episodes, or 50 (0: no such run)"""
+    run_updates: int | None = None
+    """updates of a whole run from the command line, evaluated at each tenth (None: no such run)"""
     out: str = "runs/benchmark"
     """where to write, without the ending"""
 
@@ -430,10 +430,32 @@ def draw(rows: list[dict], path: pathlib.Path):
     figure.savefig(path, dpi=150)
 
 
+def check(args: Args):
+    """Raises Error if the arguments ask for what cannot be had."""
+    common = import_common()
+    common.check_ranges(args)
+    common.load_task(args.env_name)
+    if missing := [algo for algo in args.algos if not (ROOT / "algos" / f"{algo}.py").exists()]:
+        raise common.Error(f"there is no algos/{missing[0]}.py: give names of files there")
+    if not args.algos or not args.num_seeds:
+        raise common.Error("nothing is to be timed: give --algos and --num-seeds one or more values each")
+    if args.run_updates and args.run_updates % 10:
+        raise common.Error(f"--run-updates {args.run_updates} is impossible: give a multiple of 10")
+    if args.fql_dir and not pathlib.Path(args.fql_dir, "agents").is_dir():
+        raise common.Error(f"{args.fql_dir} is no clone of the official FQL code: git clone it there")
+    try:
+        pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=pathlib.Path(args.out).parent).close()
+    except OSError as error:
+        raise common.Error(f"cannot write {args.out}.json ({error.strerror}): give another --out")
+
+
 def main(args: Args):
-    """Times every algorithm at every number of seeds, prints a line each, and writes all figures."""
+    """Times every algorithm at every number of seeds, prints a line each, and writes what there is so far."""
+    check(args)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # contestants share the GPU
-    rows = []
+    command = shlex.join(["python", "benchmark.py", *sys.argv[1:]])
+    about, rows = {"date": f"{datetime.datetime.now():%Y-%m-%d}", "machine": machine(), "command": command}, []
     for algo in args.algos:
         for num_seeds in args.num_seeds:
             row = compare(algo, num_seeds, args)
@@ -454,16 +476,9 @@ def main(args: Args):
                 text += f", so of 1,000,000 {row['million_seconds'] / 60:.0f} min"
             memory = row["peak_device_gigabytes"] or row["peak_gigabytes"]
             print(f"{text}; first call {row['first_call_seconds']:.1f} s, peak memory {memory:.1f} GB", flush=True)
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    about = {
-        "date": f"{datetime.datetime.now():%Y-%m-%d}",
-        "machine": machine(),
-        "command": shlex.join(["python", "benchmark.py", *sys.argv[1:]]),
-    }
-    out.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1))
-    draw(rows, out.with_suffix(".png"))
-    print(f"written: {out.with_suffix('.json')}, {out.with_suffix('.png')}")
+            pathlib.Path(f"{args.out}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+            draw(rows, pathlib.Path(f"{args.out}.png"))
+    print(f"written: {args.out}.json, {args.out}.png")
 
 
 if __name__ == "__main__":

@@ -89,9 +89,10 @@ PAPER = {  # {task: {column: value}}
 }
 # The kinds of datasets of OGBench, by a part of the environment's name.
 KINDS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
-RANGES = {  # of every flag that an algorithm may have
-    **dict.fromkeys(("batch_size", "num_updates", "policy_frequency"), (1, 10**8)),
-    **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes", "num_samples"), (1, 10**6)),
+RANGES = {  # of the numbers that a flag takes
+    **dict.fromkeys(("batch_size", "num_updates", "run_updates", "num_transitions", "policy_frequency"), (1, 10**8)),
+    **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes", "num_samples", "num_seeds"), (1, 10**6)),
+    **dict.fromkeys(("turns", "fql_eval_episodes", "jobs", "gpus", "cpus", "hours"), (1, 10**5)),
     **dict.fromkeys(("num_target_samples", "flow_steps"), (1, 1000)),  # each makes the program longer, or much wider
     **dict.fromkeys(("alpha", "alpha_actor", "alpha_critic", "delta", "policy_noise", "noise_clip"), (0, 1e9)),
     **dict.fromkeys(("discount", "tau", "expectile", "learning_rate"), (0, 1)),
@@ -144,6 +145,15 @@ def load_task(name: str) -> Task:
     raise Error(f"there is no task {name!r}: try {', '.join(near or PAPER)}")
 
 
+def check_ranges(args):
+    """Raises Error if a flag's number lies outside of RANGES; a flag of several numbers needs one at least."""
+    for flag, (low, high) in RANGES.items():
+        value = getattr(args, flag, None)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if wrong := [value for value in values if not low <= value <= high]:  # a NaN is in no range
+            raise Error(f"--{flag.replace('_', '-')} {wrong[0]} is impossible: it lies in [{low}, {high}]")
+
+
 def resolve(args, task: Task, columns: tuple[str, ...]):
     """`args` with each None that the paper has a value for replaced by it: of flag x, the first of PAPER's `<column>.x`
     and `x`.
@@ -158,10 +168,7 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
     if missing := [f"--{flag.replace('_', '-')}" for flag, value in values.items() if value is None]:
         raise Error(f"the paper has no values for {task.name}: give {' '.join(missing)}")
     args = dataclasses.replace(args, **values)
-    for flag, (low, high) in RANGES.items():
-        value = getattr(args, flag, None)
-        if value is not None and not low <= value <= high:  # a NaN is in no range
-            raise Error(f"--{flag.replace('_', '-')} {value} is impossible: it lies in [{low}, {high}]")
+    check_ranges(args)
     if not args.hidden_dims or not 1 <= min(args.hidden_dims) <= max(args.hidden_dims) <= 2**16:
         raise Error(f"--hidden-dims {args.hidden_dims} is impossible: give each hidden layer a width in [1, 2^16]")
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**32:
@@ -172,6 +179,8 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
         )
     if args.dataset_path is not None and args.generate_episodes:
         raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")
+    if args.dataset_path is not None:  # a run is resumed from any folder
+        args = dataclasses.replace(args, dataset_path=os.path.abspath(os.path.expanduser(args.dataset_path)))
     return args
 
 
@@ -208,7 +217,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     """
     folder = pathlib.Path("~/.d4rl/datasets" if task.adroit else "~/.ogbench/data").expanduser()
     if dataset_path is not None:
-        source, path, make = "given", pathlib.Path(os.path.expanduser(dataset_path)), None
+        source, path, make = "given", pathlib.Path(dataset_path), None
     elif generate_episodes:
         if not generate.can_generate(task.dataset):
             raise Error(f"{task.dataset} cannot be generated (only the play sets of cube, scene and puzzle can): "
@@ -234,7 +243,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
         except concurrent.futures.process.BrokenProcessPool:
             raise Error(f"cannot generate {path}: a process died, perhaps of too little memory: start again")
     if not os.path.isfile(path):
-        raise Error(f"there is no dataset at {path}: name a file that exists by --dataset-path")
+        raise Error(f"there is no dataset at {path}: put it there, or name another file by --dataset-path")
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -246,7 +255,11 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     if recorded and recorded[:64] != sha256.encode():
         raise Error(f"{path} is damaged: its sha256 is not the one of its first load, in {record.name}: "
                     f"restore the file, or, if you changed it, delete {record}")  # fmt: skip
-    dataset = load_adroit(task, path) if task.adroit else load_ogbench(task, path)
+    try:
+        dataset = load_adroit(task, path) if task.adroit else load_ogbench(task, path)
+    except ValueError as error:
+        remedy = "delete it, and it is made or downloaded anew" if make else "name another file by --dataset-path"
+        raise Error(f"{error}: {remedy}")
     if not recorded:
         try:
             record.write_bytes(os.fsencode(f"{sha256}  {path.name}\n"))  # what `sha256sum --check` reads
@@ -284,8 +297,8 @@ def load_ogbench(task: Task, path: pathlib.Path) -> Dataset:
     """The transitions of an OGBench file, relabelled by OGBench with the task's rewards and masks: numpy arrays.
 
     The file holds, row by row, s_0, a_0, s_1, a_1, ..., s_T, a_T of each episode; the transition of row i ends in the
-    state and the action of row i + 1, and the last row of an episode starts none. Raises Error, naming the file, if it
-    is not whole.
+    state and the action of row i + 1, and the last row of an episode starts none. Raises ValueError, naming the file,
+    if it is not whole.
     """
     from ogbench.relabel_utils import relabel_dataset
 
@@ -302,21 +315,19 @@ def load_ogbench(task: Task, path: pathlib.Path) -> Dataset:
                 raise ValueError(f"it would unpack to {size / 1e9:,.1f} GB")
             raw = {key: file[key] for key in expected}
     except Exception as error:  # a damaged file can make its readers raise anything
-        raise Error(
-            f"{path} is damaged, or no dataset of {task.name} ({error}): delete it, and it is made or downloaded anew"
-        )
+        raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({error})")
     steps = raw["terminals"].size
     for key, width in expected.items():
         shape = (steps,) if width is None else (steps, width)
         if raw[key].shape != shape or raw[key].dtype.kind not in "fbiu":
-            raise Error(f"{path} is no dataset of {task.name}: its {key} are {raw[key].dtype}{list(raw[key].shape)}, "
-                        f"not numbers of shape {list(shape)}; delete it or name another file")  # fmt: skip
+            raise ValueError(f"{path} is no dataset of {task.name}: its {key} are {raw[key].dtype}"
+                             f"{list(raw[key].shape)}, not numbers of shape {list(shape)}")  # fmt: skip
         with np.errstate(over="ignore"):
             finite = np.isfinite(raw[key].astype(np.float32, copy=False)).all()
         if not finite:
-            raise Error(f"{path} is damaged: its {key} hold NaN or infinity; delete it or name another file")
+            raise ValueError(f"{path} is damaged: its {key} hold NaN or infinity")
     if not steps or not raw["terminals"][-1] or raw["terminals"].all():
-        raise Error(f"{path} is damaged: its last episode does not end, or none has a transition; delete it")
+        raise ValueError(f"{path} is damaged: its last episode does not end, or none has a transition")
     relabel_dataset(task.env_id, env, raw)
     start = np.flatnonzero(raw["terminals"] == 0)
     obs, action = raw["observations"].astype(np.float32), clip_action(raw["actions"])
@@ -325,11 +336,8 @@ def load_ogbench(task: Task, path: pathlib.Path) -> Dataset:
 
 
 def load_adroit(task: Task, path: pathlib.Path) -> Dataset:
-    """The transitions of one of D4RL's files: numpy arrays. Raises Error, naming the file, if it is not whole."""
-    try:
-        data = adroit.load_transitions(path, task.env_id)
-    except ValueError as error:
-        raise Error(f"{error}: delete it, and it is downloaded anew, or name another file by --dataset-path")
+    """The transitions of one of D4RL's files: numpy arrays. Raises ValueError, naming the file, if it is not whole."""
+    data = adroit.load_transitions(path, task.env_id)
     return Dataset(**data | {key: clip_action(data[key]) for key in ("action", "next_action")})
 
 
@@ -393,9 +401,8 @@ def rendering_backend() -> str:
         command, environment = [sys.executable, "-c", draw], os.environ | {"MUJOCO_GL": backend}
         if not subprocess.run(command, env=environment, capture_output=True).returncode:
             return backend
-    raise Error(
-        "nothing here can draw for --capture-video: install OSMesa (Debian's libosmesa6), or a GPU driver with EGL"
-    )
+    raise Error(f"nothing here can draw for --capture-video{f' by MUJOCO_GL={chosen}' * (chosen != 'disabled')}: "
+                f"install OSMesa (Debian's libosmesa6), or a GPU driver with EGL")  # fmt: skip
 
 
 def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Plays a finished run's policies once more: with other numbers of samples (the paper's Table 4), or on film.
 
     python evaluate.py runs/cube-single-play/mfql/<time> --num-samples 1 2 4 8 16 32 64 128   # -> num_samples.csv
-    MUJOCO_GL=egl python evaluate.py runs/cube-single-play/mfql/<time> --capture-video        # -> episode-0.mp4, ...
+    python evaluate.py runs/cube-single-play/mfql/<time> --capture-video                      # -> episode-0.mp4, ...
 
 Nothing is trained: the checkpoint has the states, and `act` is a function of them and of the arguments. The episodes
 are those of the run's own evaluations. An algorithm's --capture-video calls this at its run's end.
@@ -13,6 +13,8 @@ import importlib
 import json
 import os
 import pathlib
+import signal
+import sys
 import warnings
 
 import flax.serialization
@@ -64,6 +66,12 @@ class Film(common.Slots):
 
 def main(args: Args):
     """Loads the policies, and plays."""
+    common.check_ranges(args)
+    if not args.num_samples and not args.capture_video:
+        raise common.Error("there is nothing to do: give --num-samples or --capture-video")
+    if args.capture_video and (backend := common.rendering_backend()) != os.environ["MUJOCO_GL"]:
+        # MuJoCo read it when it was imported, so this starts anew
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MUJOCO_GL": backend})
     try:
         algo = json.loads((args.folder / "args.json").read_text())["algo"]
         module = importlib.import_module(f"algos.{algo}")
@@ -71,7 +79,7 @@ def main(args: Args):
         raise common.Error(f"{args.folder} is no run's folder ({error}): give one like runs/<task>/<algo>/<time>")
     _, run = read_record(str(args.folder), algo, module.Args)
     path, num_seeds = args.folder / "checkpoint.msgpack", len(run.seeds)
-    saved = read_checkpoint(path, algo, run)
+    saved = read_checkpoint(path, algo, run) if path.exists() else {"step": 0}
     if saved["step"] != run.num_updates:
         raise common.Error(f"{args.folder} is not finished: python algos/{algo}.py --resume {args.folder}")
     task, slots = common.load_task(run.env_name), common.slots_per_seed(num_seeds, run.eval_episodes)
@@ -94,7 +102,7 @@ def evaluate_again(args: Args, run, act, states, task: common.Task, slots: int):
     if not hasattr(run, "num_samples"):
         raise common.Error(f"{args.folder} does not act by MaxQ: leave --num-samples out")
     path = args.folder / "num_samples.csv"
-    done = {int(row["num_samples"]) for row in read_rows(path)}
+    done = {int(row["num_samples"]) for row in read_rows(path, "num_samples")}
     environments = common.Environments(task, slots * len(run.seeds), args.num_workers or os.cpu_count())
     for n in (n for n in args.num_samples if n not in done):
         play = functools.partial(act, dataclasses.replace(run, num_samples=n), states)
@@ -107,4 +115,7 @@ def evaluate_again(args: Args, run, act, states, task: common.Task, slots: int):
 
 if __name__ == "__main__":
     with jax.default_device(jax.devices("cpu")[0]):  # as in training, where it leaves the GPU to the updates
-        main(tyro.cli(Args))
+        try:
+            main(tyro.cli(Args))
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)

@@ -4,9 +4,9 @@
     python report.py --name reduced                               # once more, from results/reduced/runs.csv alone
 
 The first collects the runs of these cells into results/<name>/runs.csv: one row per table, task, column, seed and
-evaluation, with the data, versions and commit that they come from. All else is made of that file: tables.md, pictures
-and page.html, which opens without a network. Rows that are not the paper's setting say so in `reduced`, those on other
-data in `data`, and so does everything that shows them.
+evaluation, with the data, versions and commit that they come from. All else is made of that file: README.md with the
+tables, pictures, and page.html, which opens without a network. Rows that are not the paper's setting say so in
+`reduced`, those on other data in `data`, and so does everything that shows them.
 """
 
 import collections.abc
@@ -25,7 +25,7 @@ import tyro
 
 import adroit
 import common
-from reproduce import ROOT, Selection, expand, find_folder
+from reproduce import ROOT, Selection, Target, expand, find_folder
 from run import read_rows, to_csv
 
 matplotlib.use("agg")  # draws files, not windows
@@ -46,7 +46,7 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Args(Selection):
-    targets: tyro.conf.Positional[tuple[str, ...]] = ()
+    targets: tyro.conf.Positional[tuple[Target, ...]] = ()
     """what to collect from runs/ (none: nothing, results/<name>/runs.csv stays)"""
     name: str = "paper"
     """folder below results/"""
@@ -63,7 +63,7 @@ def collect(args: Args, flags: list[str]) -> list[dict]:
             continue
         record = json.loads((folder / "args.json").read_text())
         taken, data, known = record["args"], record["data"], paper[cell[:3]]
-        about = ("env_name", "seeds", "dataset_path", "generate_episodes")  # shown by columns of their own
+        about = ("env_name", "dataset_path", "generate_episodes")  # shown by columns of their own
         reduced = {name: taken[name] for name in known if name not in about and taken[name] != known[name]}
         shared = {
             "algorithm": cell.run.algo,
@@ -112,23 +112,24 @@ class Result(NamedTuple):
     about: dict  # what all its rows share
 
 
-def load_cells(rows: list[dict]) -> dict[tuple[str, str, str], Result]:
-    """The rows of runs.csv as {(table, task, column): Result}."""
+def load_cells(rows: list[dict]) -> dict[str, dict[tuple[str, str], Result]]:
+    """The rows of runs.csv as {table: {(task, column): Result}}."""
     groups, cells = {}, {}
     for row in rows:
         groups.setdefault((row["table"], row["task"], row["column"]), []).append(row)
-    for key, group in groups.items():
+    for (table, task, column), group in groups.items():
         seeds, steps = (sorted({int(row[name]) for row in group}) for name in ("seed", "step"))
         curve, norms = np.full((2, len(seeds), len(steps)), np.nan)
         for row in group:
             at = seeds.index(int(row["seed"])), steps.index(int(row["step"]))
             curve[at], norms[at] = float(row["score"]), float(row["q_grad_norm"] or "nan")
         last = int(group[0]["num_updates"])
-        first = common.first_scored(key[1], last)
-        if key[0] in ("table3", "figure3"):  # these are not of scores but of gradients, over all of the run
+        first = common.first_scored(task, last)
+        if table in ("table3", "figure3"):  # these are not of scores but of gradients, over all of the run
             curve, first = norms, 0
         scored = curve[:, np.array(steps) >= first] if steps[-1] == last else np.zeros((0, 1))
-        cells[key] = Result(np.array(steps), curve, norms, scored.mean(axis=1), group[0])
+        result = Result(np.array(steps), curve, norms, scored.mean(axis=1), group[0])
+        cells.setdefault(table, {})[task, column] = result
     return cells
 
 
@@ -171,12 +172,12 @@ def unit_of(table: str, task: str) -> str:
     return "normalized return" if task in adroit.TASKS else "success (%)"
 
 
-def summarize(cells: dict[tuple[str, str, str], Result]) -> list[dict]:
-    """What the tables and the page show of each cell, and of the paper's where it has that cell."""
-    paper = {(row["table"], row["task"], row["column"]): row for row in read_rows(ROOT / "results" / "paper.csv")}
-    entries = []
-    for (table, task, column), cell in cells.items():
-        theirs = paper.get((table, task, column)) or paper.get((table, task, f"{column}*"))  # * copied by the paper
+def summarize(table: str, cells: dict[tuple[str, str], Result]) -> dict[tuple[str, str], dict]:
+    """What the table and the page show of each of its cells, and of the paper's where it has that cell."""
+    paper = {(row["task"], row["column"]): row for row in read_paper(table)}
+    entries = {}
+    for (task, column), cell in cells.items():
+        theirs = paper.get((task, column)) or paper.get((task, f"{column}*"))  # * copied by the paper
         done, diverged = len(cell.scores) > 0, int(np.isnan(cell.scores).sum())
         mean, std = (cell.scores.mean(), cell.scores.std()) if done else (np.nan, np.nan)  # a NaN stays one
         digits = 2 if unit_of(table, task) == "mean gradient norm" else 1
@@ -191,17 +192,22 @@ def summarize(cells: dict[tuple[str, str, str], Result]) -> list[dict]:
             text = f"cut off at {100 * cell.steps[-1] / int(cell.about['num_updates']):.0f} %"
         entry = {"table": table, "task": task, "column": column, "text": text, "mean": mean, "std": std}
         entry["paper"] = " ± ".join(filter(None, (theirs["mean"], theirs["std"]))) if theirs else ""
-        comparable = theirs and done and not cell.about["reduced"]
+        comparable = theirs and done and not cell.about["reduced"] and cell.about["data"] == "published"
         entry["difference"] = mean - float(theirs["mean"]) if comparable else np.nan
-        entries.append(entry | {"label": label([cell]), "run": cell.about["run"]})
-    for entry in entries:
-        rivals = [e for e in entries if (e["table"], e["task"]) == (entry["table"], entry["task"])]
+        entries[task, column] = entry | {"label": label([cell]), "run": cell.about["run"]}
+    for (task, _), entry in entries.items():
+        rivals = [rival for (name, _), rival in entries.items() if name == task]
         best = max(rivals, key=lambda e: np.nan_to_num(e["mean"], nan=-np.inf))
         entry["bold"] = len(rivals) > 1 and bool(entry["mean"] >= max(best["mean"] - best["std"], 1e-9))
     return entries
 
 
-def label(cells: list[Result]) -> str:
+def read_paper(table: str) -> list[dict]:
+    """The paper's rows of a table."""
+    return [row for row in read_rows(ROOT / "results" / "paper.csv") if row["table"] == table]
+
+
+def label(cells: collections.abc.Collection[Result]) -> str:
     """What sets these results apart from the paper's: reduced settings, other data, fewer seeds."""
     settings = [dict.fromkeys(cell.about["reduced"].split()) for cell in cells]
     shared = [text for text in settings[0] if all(text in others for others in settings)]
@@ -214,9 +220,8 @@ def label(cells: list[Result]) -> str:
     return f"{f'REDUCED: {reduced}' if reduced else 'full size'}; {' or '.join(data)}; {seeds} seeds"
 
 
-def markdown(cells: dict, entries: list[dict], table: str) -> str:
+def markdown(table: str, cells: dict, entries: dict) -> str:
     """A table of the paper as Markdown: tasks, columns, and in each cell ours and the paper's."""
-    entries = {(entry["task"], entry["column"]): entry for entry in entries if entry["table"] == table}
     tasks, columns = in_order(entries)
     lines = [["task", *columns], ["---"] * (1 + len(columns))]
     for task in tasks:
@@ -235,7 +240,7 @@ def markdown(cells: dict, entries: list[dict], table: str) -> str:
             paper = all(part["paper"] for part in parts) and sum(float(part["paper"].split()[0]) for part in parts)
             lines[-1].append("" if np.isnan(total) else f"{total:.0f}{f'<br>paper {paper:.0f}' if paper else ''}")
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"### {TITLES[table]}\n\n{label([cells[key] for key in cells if key[0] == table])}\n\n{text}\n"
+    return f"### {TITLES[table]}\n\n{label(cells.values())}\n\n{text}\n"
 
 
 def in_order(keys: collections.abc.Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
@@ -253,24 +258,32 @@ def families(tasks: list[str]) -> list[tuple[str, list[str]]]:
     return [(name, family) for name, family in split if family]
 
 
-def norm_markdown(cells: dict) -> str:
+def logs_norms(cell: Result) -> bool:
+    """Whether a run logged mean||grad_a Q||."""
+    return not np.isnan(cell.norms).all()
+
+
+def norm_markdown(cells: dict[str, dict]) -> str:
     """Table 3: the mean over a run of mean||grad_a Q||, and the step that delta makes of it."""
-    paper = {(row["table"], row["task"]): row["mean"] for row in read_rows(ROOT / "results" / "paper.csv")}
+    paper = {row["task"]: row["mean"] for row in read_paper("table3")}
     lines = [["task", "column", "mean gradient norm", "alpha", "delta", "delta / norm", "paper's norm"], ["---"] * 7]
-    logged = {key: cell for key, cell in cells.items() if not np.isnan(cell.norms).all()}
-    shown = {cell.about["run"]: (key, cell) for key, cell in logged.items()}  # Table 3's are Table 1's runs, too
-    for (table, task, column), cell in shown.values():
+    shown = {}  # Table 3's are Table 1's runs, too
+    for table, results in cells.items():
+        shown |= {cell.about["run"]: (table, key, cell) for key, cell in results.items() if logs_norms(cell)}
+    for table, (task, column), cell in shown.values():
         norm, delta = cell.norms.mean(), float(cell.about["delta"])
         numbers = [f"{norm:.3g}", f"{float(cell.about['alpha']):g}", f"{delta:g}", f"{delta / norm:.2g}"]
-        lines.append([task, column, *numbers, paper.get((table, task), "") if table == "table3" else ""])
+        lines.append([task, column, *numbers, paper.get(task, "") if table == "table3" else ""])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"### Mean gradient norm of the critics (Table 3)\n\n{label(list(logged.values()))}\n\n{text}\n"
+    return (
+        f"### Mean gradient norm of the critics (Table 3)\n\n{label([cell for *_, cell in shown.values()])}\n\n{text}\n"
+    )
 
 
-def aggregate(cells: dict, table: str) -> list[dict]:
+def aggregate(cells: dict) -> list[dict]:
     """IQM of each column and probability of improvement of each D- column, over the tasks that all finished columns
     of a table have: a dict per family of tasks."""
-    found = {key[1:]: cell.scores for key, cell in cells.items() if key[0] == table and len(cell.scores)}
+    found = {key: cell.scores for key, cell in cells.items() if len(cell.scores)}
     (tasks, columns), aggregates = in_order(found), []
     for name, family in families(tasks):
         scores = {column: [found[task, column] for task in family if (task, column) in found] for column in columns}
@@ -288,11 +301,11 @@ def aggregate(cells: dict, table: str) -> list[dict]:
     return aggregates
 
 
-def aggregate_markdown(cells: dict, table: str) -> str:
+def aggregate_markdown(table: str, cells: dict) -> str:
     """The numbers of `aggregate` as Markdown."""
-    lines = [f"### {TITLES[table]}: over all tasks\n", label([cells[key] for key in cells if key[0] == table]), ""]
+    lines = [f"### {TITLES[table]}: over all tasks\n", label(cells.values()), ""]
     lines += ["| | tasks | value | 95 % confidence interval |", "| --- | --- | --- | --- |"]
-    for part in aggregate(cells, table):
+    for part in aggregate(cells):
         tasks = f"{len(part['tasks'])} {part['family']}"
         lines += [f"| IQM of {c} | {tasks} | {v:.1f} | [{a:.1f}, {b:.1f}] |" for c, (v, a, b) in part["iqm"].items()]
         lines += [
@@ -319,17 +332,16 @@ def save(figure: plt.Figure, path: pathlib.Path, title: str, about: str) -> path
     return path.with_suffix(".png")
 
 
-def draw_curves(cells: dict, table: str, path: pathlib.Path) -> pathlib.Path:
+def draw_curves(table: str, cells: dict, path: pathlib.Path) -> pathlib.Path:
     """Curves over training, a panel per task: the mean over seeds, and a band of one std."""
-    shown = {key[1:]: cell for key, cell in cells.items() if key[0] == table}
-    tasks, names = in_order(shown)
+    tasks, names = in_order(cells)
     rows, columns = -(-len(tasks) // 3), min(3, len(tasks))
     size = (max(6, 4.2 * columns), 3 * rows + 0.8)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(tasks) :]:
         axis.remove()
     for axis, task in zip(axes.flat, tasks):
-        for column, cell in ((column, cell) for (name, column), cell in shown.items() if name == task):
+        for column, cell in ((column, cell) for (name, column), cell in cells.items() if name == task):
             mean, std = cell.curve.mean(axis=0), cell.curve.std(axis=0)
             (line,) = axis.plot(cell.steps, mean, **style(column))
             axis.fill_between(cell.steps, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0)
@@ -337,12 +349,12 @@ def draw_curves(cells: dict, table: str, path: pathlib.Path) -> pathlib.Path:
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     lines = [plt.Line2D([], [], label=name, **style(name)) for name in names]
     figure.legend(handles=lines, loc="outside lower center", ncols=8, fontsize=8)
-    return save(figure, path, f"{TITLES[table]}: curves over training", label(list(shown.values())))
+    return save(figure, path, f"{TITLES[table]}: curves over training", label(cells.values()))
 
 
-def draw_bars(cells: dict, table: str, path: pathlib.Path) -> pathlib.Path:
+def draw_bars(table: str, cells: dict, path: pathlib.Path) -> pathlib.Path:
     """Bars like the paper's Figures 6-8: a group per task, a bar per column, one std over seeds."""
-    shown = {key[1:]: cell for key, cell in cells.items() if key[0] == table and len(cell.scores)}
+    shown = {key: cell for key, cell in cells.items() if len(cell.scores)}
     tasks, columns = in_order(shown)
     figure, axis = plt.subplots(figsize=(max(6, 1.6 * len(tasks)), 4), layout="constrained")
     for i, column in enumerate(columns):
@@ -354,10 +366,10 @@ def draw_bars(cells: dict, table: str, path: pathlib.Path) -> pathlib.Path:
     axis.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
     axis.set(ylabel="success (%)", ylim=(0, None))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return save(figure, path, TITLES[table], label([cells[table, *key] for key in shown]))
+    return save(figure, path, TITLES[table], label(shown.values()))
 
 
-def draw_aggregate(cells: dict, table: str, part: dict, path: pathlib.Path) -> pathlib.Path:
+def draw_aggregate(table: str, cells: dict, part: dict, path: pathlib.Path) -> pathlib.Path:
     """IQM and probability of improvement with their intervals, and performance profiles, over a family of tasks."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, name in ((left, "iqm"), (middle, "improvement")):
@@ -377,28 +389,29 @@ def draw_aggregate(cells: dict, table: str, part: dict, path: pathlib.Path) -> p
         right.step(thresholds, profile(tasks, thresholds), label=column, where="post", **style(column))
     right.set(title="performance profile", xlabel=f"threshold, {unit}", ylabel="runs that score more", ylim=(0, 1))
     right.legend(fontsize=7)
-    about = label([cells[table, task, column] for task in part["tasks"] for column in part["scores"]])
+    about = label([cells[task, column] for task in part["tasks"] for column in part["scores"]])
     return save(
         figure, path, f"{TITLES[table]}: over {len(part['tasks'])} {part['family']} tasks (95 % intervals)", about
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- page
-def write_page(folder: pathlib.Path, name: str, cells: dict, entries: list[dict]):
+def write_page(folder: pathlib.Path, name: str, cells: dict[str, dict], entries: dict[str, dict], drawn: list):
     """Writes page.html: report.html with the data and the pictures in it, so that it needs nothing else."""
     listed = lambda values: np.where(np.isnan(values), None, values).tolist()  # JSON has no NaN
-    svg = lambda path: path.read_text()[path.read_text().index("<svg") :].replace("#000000", "currentColor")
-    tables = []
-    for table in dict.fromkeys(key[0] for key in cells):
-        mine = {key[1:]: cell for key, cell in cells.items() if key[0] == table}
-        units = {task: unit_of(table, task) for task in in_order(mine)[0]}
-        tables.append({"id": table, "title": TITLES[table], "label": label(list(mine.values())), "units": units})
-    for entry in entries:
-        cell = cells[entry["table"], entry["task"], entry["column"]]
-        entry |= {"scores": cell.scores, "seeds": cell.curve, "steps": cell.steps, **style(entry["column"])}
-        entry |= {name: listed(entry[name]) for name in ("mean", "std", "difference", "scores", "seeds", "steps")}
-    pictures = {path.stem: svg(path) for path in sorted(folder.glob("*.svg")) if "curves" not in path.stem}
-    data = {"name": name, "tables": tables, "entries": entries, "pictures": pictures}
+    read = lambda path: path.with_suffix(".svg").read_text().replace("#000000", "currentColor")
+    svg = lambda path: "<svg" + read(path).partition("<svg")[2]
+    tables, shown = [], []
+    for table, results in cells.items():
+        units = {task: unit_of(table, task) for task in in_order(results)[0]}
+        tables.append({"id": table, "title": TITLES[table], "label": label(results.values()), "units": units})
+        for key, entry in entries[table].items():
+            cell = results[key]
+            entry |= {"scores": cell.scores, "seeds": cell.curve, "steps": cell.steps, **style(entry["column"])}
+            numbers = ("mean", "std", "difference", "scores", "seeds", "steps")
+            shown.append(entry | {number: listed(entry[number]) for number in numbers})
+    pictures = {path.stem: svg(path) for path in sorted(drawn) if "curves" not in path.stem}
+    data = {"name": name, "tables": tables, "entries": shown, "pictures": pictures}
     page = (ROOT / "report.html").read_text().replace("DATA", json.dumps(data).replace("</", "<\\/"))
     (folder / "page.html").write_text(page)
 
@@ -406,34 +419,37 @@ def write_page(folder: pathlib.Path, name: str, cells: dict, entries: list[dict]
 def main(args: Args, flags: list[str]):
     """Collects, if anything is named, and writes everything that is made of results/<name>/runs.csv."""
     folder = pathlib.Path("results", args.name)
-    folder.mkdir(parents=True, exist_ok=True)
     if args.targets:
         rows = collect(args, flags)
         if not rows:
             raise common.Error("none of these cells has been run: python reproduce.py with the same words runs them")
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "runs.csv").write_text(to_csv(rows, header=True))
-    cells = load_cells(read_rows(folder / "runs.csv"))
-    entries = summarize(cells)
+    cells = load_cells(read_rows(folder / "runs.csv", "seed", "step", "num_updates"))
+    if not cells:
+        raise common.Error(f"{folder}/runs.csv has no rows: name the tables to collect, like table1, or another --name")
+    entries = {table: summarize(table, results) for table, results in cells.items()}
     texts, pictures = [], []
-    if any(not np.isnan(cell.norms).all() for cell in cells.values()):
+    if any(logs_norms(cell) for results in cells.values() for cell in results.values()):
         texts.append(norm_markdown(cells))
-    for table in dict.fromkeys(key[0] for key in cells):
+    for table, results in cells.items():
         if table in ("table1", "table2", "table4"):
-            texts.append(markdown(cells, entries, table))
+            texts.append(markdown(table, results, entries[table]))
         if table in ("table1", "table2"):
-            texts.append(aggregate_markdown(cells, table))
-            pictures.append(draw_curves(cells, table, folder / f"{table}-curves"))
-            for part in aggregate(cells, table):
-                pictures.append(draw_aggregate(cells, table, part, folder / f"{table}-{part['family'].lower()}"))
+            texts.append(aggregate_markdown(table, results))
+            pictures.append(draw_curves(table, results, folder / f"{table}-curves"))
+            for part in aggregate(results):
+                path = folder / f"{table}-{part['family'].lower()}"
+                pictures.append(draw_aggregate(table, results, part, path))
         elif table in ("figure6", "figure7", "figure8"):
-            pictures.append(draw_bars(cells, table, folder / table))
+            pictures.append(draw_bars(table, results, folder / table))
         elif table == "figure3":
-            pictures.append(draw_curves(cells, table, folder / table))
+            pictures.append(draw_curves(table, results, folder / table))
     heading = f"# Results: {args.name}\n\nMade by `python report.py --name {args.name}` of [runs.csv](runs.csv).\n"
-    pictures = [f"![{path.stem}]({path.name})\n" for path in pictures]
-    (folder / "README.md").write_text("\n".join([heading, *texts, *pictures]))
-    write_page(folder, args.name, cells, entries)
-    print(f"{len(cells)} cells: {folder}/README.md, {folder}/page.html")
+    shown = [f"![{path.stem}]({path.name})\n" for path in pictures]
+    (folder / "README.md").write_text("\n".join([heading, *texts, *shown]))
+    write_page(folder, args.name, cells, entries, pictures)
+    print(f"{sum(map(len, cells.values()))} cells: {folder}/README.md, {folder}/page.html")
 
 
 if __name__ == "__main__":

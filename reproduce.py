@@ -44,7 +44,7 @@ table1   difql                 difql      all      8
 table1   trigflow              trigflow   all      8
 table1   dtrigflow             dtrigflow  all      8
 table1   etrigflow             etrigflow  all      8
-table2   rebrac_tanh           rebrac     all      8
+table2   rebrac_tanh           rebrac     all      8      --tanh
 table2   rebrac_gauss          rebrac     adroit   8      --no-tanh
 table2   fql                   fql        all      8
 table2   mfql                  mfql       all      8
@@ -66,11 +66,12 @@ figure8  num_target_samples=1  dmfql      ogbench  4      --num-target-samples 1
 BENCHMARK = json.loads((ROOT / "results" / "benchmark.json").read_text())
 
 
+Target = Literal["table1", "table2", "table3", "table4", "figure3", "figure6", "figure7", "figure8"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    targets: tyro.conf.Positional[
-        tuple[Literal["table1", "table2", "table3", "table4", "figure3", "figure6", "figure7", "figure8"], ...]
-    ]
+    targets: tyro.conf.Positional[tuple[Target, ...]]
     """what to reproduce (Appendix E's learning curves are those of table1 and table2)"""
     tasks: tuple[str, ...] = ()
     """tasks (none: all that the table has)"""
@@ -132,7 +133,9 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
     if "" in given:
         raise common.Error(f"{given[''][0]!r} belongs to no flag: behind -- stand flags of algos/*.py")
     rows = [line.split() for line in EXPERIMENTS.strip("\n").splitlines()[1:]]
-    rows = [row for row in rows if row[0] in selection.targets and (row[1] in selection.algos or not selection.algos)]
+    rows = [row for row in rows if row[0] in selection.targets]
+    columns = dict.fromkeys(row[1] for row in rows)
+    rows = [row for row in rows if row[1] in selection.algos or not selection.algos]
     cells, unknown = [], set(given) | set(selection.tasks) | set(selection.algos)
     for table, column, algo, family, seeds, *own in rows:
         module = importlib.import_module(f"algos.{algo}")
@@ -151,8 +154,9 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
             run = Run(algo, line, decisive(vars(args)), NUM_SAMPLES if table == "table4" else ())
             cells.append(Cell(table, task, column, run))
             unknown.discard(task)
-    if unknown:
-        raise common.Error(f"nothing that was selected has {', '.join(sorted(unknown))}: see --help, and {__file__}")
+    if unknown := set(selection.algos) - columns.keys() or unknown:
+        few = f"its columns are {', '.join(columns)}, and tasks and flags are those of algos/*.py"
+        raise common.Error(f"nothing that was selected has {', '.join(sorted(unknown))}: {few}")
     return cells
 
 
@@ -165,7 +169,7 @@ def find_folder(run: Run) -> tuple[pathlib.Path | None, int]:
         except (ValueError, LookupError, AttributeError):  # a file that was not written by a run
             continue
         if same:
-            rows = collections.Counter(row["step"] for row in read_rows(path.parent / "eval.csv"))
+            rows = collections.Counter(row["step"] for row in read_rows(path.parent / "eval.csv", "step"))
             found.append((sum(count == len(args["seeds"]) for count in rows.values()), str(path.parent)))
     tenths, folder = max(found)
     return (pathlib.Path(folder), tenths) if folder else (None, 0)
@@ -181,7 +185,7 @@ def state_of(run: Run) -> str:
             pass
     except filelock.Timeout:
         return "running"
-    again = {int(row["num_samples"]) for row in read_rows(folder / "num_samples.csv")}
+    again = {int(row["num_samples"]) for row in read_rows(folder / "num_samples.csv", "num_samples")}
     return "finished" if tenths == 10 and again >= set(run.num_samples) else f"cut off at {10 * tenths} %"
 
 
@@ -276,7 +280,7 @@ def launch(runs: list[Run], args: Args) -> list[Run]:
             if job.done():
                 del running[slot]
                 state = state_of(run)
-                if state == "finished" or stopped:
+                if state in ("finished", "running") or stopped:  # running: by another process, which came first
                     lines = [
                         line for line in (job.stdout() or "").splitlines() if line.startswith(("score:", "stopped at"))
                     ]
@@ -311,6 +315,9 @@ def hours(run: Run) -> float:
 
 def main(args: Args, flags: list[str]):
     """Tells what there is to run, where and for how long, and runs it."""
+    common.check_ranges(args)
+    if not args.targets:
+        raise common.Error("nothing is selected: name tables or figures, like table1")
     runs = list({(cell.run.algo, cell.run.args): cell.run for cell in expand(args, flags)}.values())
     states = {run: state_of(run) for run in runs}
     todo = [run for run in runs if states[run] not in ("finished", "running")]
@@ -319,7 +326,8 @@ def main(args: Args, flags: list[str]):
     where = f"on this machine, {args.jobs or 1} at a time" if args.cluster == "local" else "as jobs of SLURM"
     print(f"{len(todo)} of {len(runs)} runs to do {where}")
     total = sum(map(hours, todo))
-    print(f"about {total:.1f} h in all, on the machine of results/benchmark.json ({BENCHMARK['machine']})")
+    where = f"the machine of results/benchmark.json ({BENCHMARK['machine']})"
+    print(f"about {total:.1f} h in all on {where}, without evaluations")
     if not args.dry_run and (failed := launch(todo, args)):
         raise common.Error(f"{len(failed)} of {len(todo)} runs failed: their logs are in runs/.jobs")
 

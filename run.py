@@ -86,16 +86,24 @@ def append_rows(path: pathlib.Path, rows: list[dict]):
         raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a CSV that were written whole; none if there is no file."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
-    return [row for row in rows if None not in row.values()]
+def read_rows(path: pathlib.Path, *numbers: str) -> list[dict[str, str]]:
+    """The rows of a CSV that were written whole; none if there is no file.
+
+    Raises Error if it is no text, or if a column that `numbers` names holds anything but a whole number.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+        rows = [row for row in rows if None not in row.values()]
+        _ = [int(row[name]) for row in rows for name in numbers]
+    except (OSError, ValueError, LookupError, csv.Error) as error:
+        raise Error(f"{path} is damaged ({error}): restore it, or move its folder away and start anew")
+    return rows
 
 
 def keep_rows(path: pathlib.Path, keep: collections.abc.Callable[[int], bool]):
     """Leaves those rows of a CSV whose step `keep` accepts."""
-    rows = [row for row in read_rows(path) if keep(int(row["step"]))]
+    rows = [row for row in read_rows(path, "step") if keep(int(row["step"]))]
     if rows:
         write_file(path, to_csv(rows, header=True).encode())
     else:
@@ -111,7 +119,7 @@ def read_record(folder: str, algo: str, kind: type) -> tuple[dict, object]:
         record = json.loads(pathlib.Path(folder, "args.json").read_text())
         if record["algo"] != algo:
             raise Error(f"{folder} is a run of {record['algo']}: resume it by algos/{record['algo']}.py")
-        if not {"data", "device", "versions"} <= record.keys():
+        if not ({"device", "versions"} <= record.keys() and record["data"]["sha256"]):
             raise ValueError("its args.json is not whole")
         return record, kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in record["args"].items()})
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
@@ -136,7 +144,7 @@ def read_checkpoint(path: pathlib.Path, algo: str, args) -> dict:
     """
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
-        raise Error(f"{path} is damaged: this run cannot be resumed, start it anew")
+        raise Error(f"{path} is damaged, and its run cannot go on: move {path.parent} away, and start anew")
     try:
         saved = flax.serialization.msgpack_restore(content[32:])
         for name, value in identity(algo, args).items():
@@ -201,7 +209,8 @@ class Run:
                 tempfile.TemporaryFile(dir=self.folder.parent).close()
             except OSError as error:
                 raise Error(f"cannot write to {self.folder.parent.absolute()} ({error.strerror}): start elsewhere")
-        self.drawing = {"MUJOCO_GL": rendering_backend()} if args.capture_video else {}
+        if args.capture_video:
+            rendering_backend()
         self.signals = {number: signal.signal(number, leave_before_training) for number in SIGNALS}
         dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
         self.sharding, everywhere = shardings(len(args.seeds))
@@ -268,10 +277,10 @@ class Run:
             raise Error(f"too little memory ({error}): give fewer --seeds, or smaller --batch-size or --hidden-dims")
         if kind is None:
             self.print_score()
-        if kind is None and self.args.capture_video:  # in a process of its own: MuJoCo reads MUJOCO_GL when imported
+        if kind is None and self.args.capture_video:
             film = [sys.executable, str(pathlib.Path(__file__).with_name("evaluate.py")), str(self.folder)]
-            drawing = os.environ | self.drawing | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            if subprocess.run([*film, "--capture-video"], env=drawing).returncode:
+            beside = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # this process has the GPU's memory
+            if subprocess.run([*film, "--capture-video"], env=beside).returncode:
                 raise Error(f"the run is finished, in {self.folder}, but could not be filmed: see above")
 
     def print_banner(self):
@@ -303,11 +312,11 @@ class Run:
             except (ValueError, TypeError, AttributeError) as error:
                 raise Error(f"{path} holds other networks ({error}): resume it with the code that wrote it")
             self.step = self.saved_step = self.bar.n = self.bar.initial = saved["step"]
-        rows = read_rows(self.folder / "train.csv")
+        rows = read_rows(self.folder / "train.csv", "step", "seed")
         self.diverged = {
             int(row["seed"]) for row in rows if row.get("diverged") == "1" and int(row["step"]) <= self.step
         }
-        rows = collections.Counter(int(row["step"]) for row in read_rows(self.folder / "eval.csv"))
+        rows = collections.Counter(int(row["step"]) for row in read_rows(self.folder / "eval.csv", "step"))
         self.evaluated = {step for step in rows if rows[step] == len(self.args.seeds) and step <= self.step}
         keep_rows(self.folder / "train.csv", lambda step: step <= self.step)
         keep_rows(self.folder / "eval.csv", lambda step: step in self.evaluated)
@@ -412,7 +421,7 @@ class Run:
         """Ends the program if a signal asked for it."""
         if self.stop:
             self.bar.close()
-            tell(f"stopped at update {self.saved_step:,}; go on by: python algos/{self.algo}.py --resume {self.folder}")
+            tell(f"stopped at update {self.saved_step:,}; go on by: python {sys.argv[0]} --resume {self.folder}")
             sys.exit(128 + self.stop)
 
     def print_score(self):

@@ -69,6 +69,26 @@ def test_a_start_that_fails_is_no_measurement(monkeypatch, tmp_path):
     assert error.value.cmd[-1] == "10"  # the first start, not the whole run of 50 updates after it
 
 
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"algos": ("nope",)}, "there is no algos/nope.py"),
+        ({"algos": ()}, "nothing is to be timed"),
+        ({"env_name": "nope"}, "there is no task 'nope'"),
+        ({"num_seeds": (1, 0)}, "--num-seeds 0 is impossible"),
+        ({"turns": 0}, "--turns 0 is impossible"),
+        ({"run_updates": 15}, "give a multiple of 10"),
+        ({"fql_dir": "nope"}, "nope is no clone of the official FQL code"),
+        ({"out": "/proc/nope/x"}, "cannot write /proc/nope/x.json"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(changes, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.Error, match=sentence):
+        benchmark.main(benchmark.Args(**changes))
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_fqls_code_is_timed_without_our_flags():
     code = "import benchmark, os; benchmark.import_common(); print(os.environ.get('XLA_FLAGS', ''))"
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import common
 import report
 import reproduce
 from run import append_rows
@@ -89,14 +90,15 @@ def test_a_tidy_row_says_where_it_is_from(runs):
     assert len(rows) == 2 * 2 * 10 * 2
     row = next(row for row in rows if (row["column"], row["seed"], row["step"]) == ("dmfql", "2", "8"))
     told = ("task", "algorithm", "score", "q_grad_norm", "reduced", "data", "transitions", "delta", "commit")
-    expected = ["cube-single-play", "dmfql", "2.0", "31.5", "num_updates=20", "generated", "4000", "0.03", "c"]
+    expected = ["cube-single-play", "dmfql", "2.0", "31.5", "num_updates=20 seeds=[1,2]"]
+    expected += ["generated", "4000", "0.03", "c"]
     assert [row[name] for name in told] == expected
 
 
 def test_scores_follow_the_papers_protocol(runs):
     curve, folder = runs
     cells = report.load_cells(report.read_rows(folder / "runs.csv"))
-    ogbench, hand = cells["table2", "cube-single-play", "mfql"], cells["table2", "pen-human-v1", "mfql"]
+    ogbench, hand = (cells["table2"][task, "mfql"] for task in ("cube-single-play", "pen-human-v1"))
     np.testing.assert_array_equal(ogbench.scores, curve[:, 7:].mean(axis=1))  # the evaluations at 80, 90 and 100 %
     np.testing.assert_array_equal(hand.scores, curve[:, -1] + 1)  # the last one
     text = (folder / "README.md").read_text()
@@ -106,7 +108,7 @@ def test_scores_follow_the_papers_protocol(runs):
 
 def test_reduced_generated_and_diverged_are_never_hidden(runs):
     text, page = ((runs[1] / name).read_text() for name in ("README.md", "page.html"))
-    label = "REDUCED: num_updates=20; generated data (4,000 transitions); 2 seeds"
+    label = "REDUCED: num_updates=20, seeds=[1,2]; generated data (4,000 transitions); 2 seeds"
     parts = text.split("\n### ")[1:]
     assert len(parts) == 3 and all(label in part for part in parts)
     assert "nan (1 of 2 seeds diverged, the others 63.0 ± 0.0)" in text and "nan (1 of 2 seeds diverged" in page
@@ -123,6 +125,17 @@ def test_reduced_generated_and_diverged_are_never_hidden(runs):
 def test_full_size_runs_are_compared_with_the_paper():
     about = {"reduced": "", "data": "published", "transitions": "10", "num_updates": "20", "run": "r"}
     cell = report.Result(np.arange(2, 21, 2), np.zeros((8, 10)), np.zeros((8, 10)), np.full(8, 90.0), about)
-    (entry,) = report.summarize({("table2", "scene-play", "dmfql"): cell})
+    key = ("scene-play", "dmfql")
+    (entry,) = report.summarize("table2", {key: cell}).values()
     assert (entry["paper"], entry["difference"], entry["text"]) == ("90 ± 10", 0, "90.0 ± 0.0")
     assert entry["label"] == "full size; published data (10 transitions); 8 seeds"
+    (entry,) = report.summarize("table2", {key: cell._replace(about=about | {"data": "generated"})}).values()
+    assert np.isnan(entry["difference"])
+
+
+def test_nothing_to_report_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for args in (report.Args(), report.Args(("table2",), ("scene-play",))):
+        with pytest.raises(common.Error, match="name the tables to collect|none of these cells has been run"):
+            report.main(args, [])
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import time
 import filelock
 import imageio_ffmpeg
 import pytest
+import tyro
 from conftest import ROOT, TASK, load_algo
 from test_run import record_episodes, rows_of
 
@@ -61,7 +61,11 @@ def test_a_run_that_two_figures_share_is_one():
     "selection, flags, sentence",
     [
         (Selection(("table1",), ("scene-pley",)), [], "nothing that was selected has scene-pley"),
-        (Selection(("table1",), (), ("dmfql",)), [], "nothing that was selected has dmfql"),
+        (
+            Selection(("table1",), (TASK,), ("dmfql",)),
+            [],
+            "nothing that was selected has dmfql: its columns are iql_tanh",
+        ),
         (Selection(("table4",), ("pen-human-v1",)), [], "nothing that was selected has pen-human-v1"),
         (Selection(("table1",)), ["--num-target-samples", "1"], "has num_target_samples"),
         (Selection(("table1",)), ["20000"], "'20000'"),
@@ -77,6 +81,36 @@ def test_a_run_that_two_figures_share_is_one():
 def test_what_cannot_be_meant_is_refused(selection, flags, sentence):
     with pytest.raises(common.Error, match=sentence):
         expand(selection, flags)
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (reproduce.Args(()), "nothing is selected"),
+        (reproduce.Args(("table1",), jobs=-1), "--jobs -1 is impossible"),
+        (reproduce.Args(("table1",), gpus=0), "--gpus 0 is impossible"),
+    ],
+)
+def test_what_cannot_be_started_is_refused(args, sentence):
+    with pytest.raises(common.Error, match=sentence):
+        reproduce.main(args, [])
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ([], "there is nothing to do"),
+        (["--num-samples", "0"], "--num-samples 0 is impossible"),
+        (["--num-samples", "1", "--num-workers", "-1"], "--num-workers -1 is impossible"),
+        (["--num-samples", "1"], "is not finished"),
+    ],
+)
+def test_what_cannot_be_evaluated_again_is_refused(flags, sentence, tmp_path):
+    args = {"env_name": TASK, "seeds": [1], "num_updates": 20}
+    record = {"algo": "mfql", "args": args, "data": {"sha256": "0"}, "device": "", "versions": {}}
+    (tmp_path / "args.json").write_text(json.dumps(record))
+    with pytest.raises(common.Error, match=sentence):
+        evaluate.main(tyro.cli(evaluate.Args, args=[str(tmp_path), *flags]))
 
 
 def test_where_a_run_stands(tmp_path, monkeypatch):
@@ -137,7 +171,11 @@ def folder(tmp_path_factory):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err == "error: 1 of 2 runs failed: their logs are in runs/.jobs\n"
     assert "cut off at" in out and "FAILED           mfql --env-name door-expert-v1" in out
-    assert "error: pen.hdf5 is not D4RL's door data" in out and "finished         mfql --env-name pen-expert-v1" in out
+    assert (
+        f"error: {cwd}/pen.hdf5 is not D4RL's door data" in out
+        and "name another file by --dataset-path" in out
+        and "finished         mfql --env-name pen-expert-v1" in out
+    )
     command.insert(2, "--dry-run")
     out, _ = start().communicate(timeout=300)
     assert out.startswith("finished ") and "\nnew " in out and "1 of 2 runs to do" in out
@@ -156,11 +194,11 @@ def test_policies_played_again_score_what_they_scored(folder):
 
 def test_a_film_shows_the_episodes_of_the_last_evaluation(folder):
     try:
-        backend = common.rendering_backend()
+        common.rendering_backend()
     except common.Error:
         pytest.skip("nothing here can draw")
     command = [sys.executable, ROOT / "evaluate.py", folder, "--capture-video"]
-    out = subprocess.run(command, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, text=True).stdout
+    out = subprocess.run(command, capture_output=True, text=True).stdout
     scores = [float(row["score"]) for row in rows_of(folder / "episodes.csv")[-4:] if row["seed"] == "5"]
     assert re.findall(r"episode-(\d).mp4: score (.*)", out) == [(str(i), f"{s:.1f}") for i, s in enumerate(scores)]
     for episode in range(2):
@@ -171,6 +209,8 @@ def test_a_film_shows_the_episodes_of_the_last_evaluation(folder):
 def test_without_opengl_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MUJOCO_GL", "none")
-    with pytest.raises(common.Error, match="nothing here can draw for --capture-video: install OSMesa"):
+    with pytest.raises(
+        common.Error, match="nothing here can draw for --capture-video by MUJOCO_GL=none: install OSMesa"
+    ):
         Run(load_algo("dmfql").Args(env_name=TASK, capture_video=True), "dmfql.py", ("ql",))
     assert not list(tmp_path.glob("runs/*/*/*"))

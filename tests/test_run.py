@@ -174,6 +174,11 @@ def test_resume_refuses_what_is_not_its_own(whole, tmp_path, monkeypatch):
         with pytest.raises(common.Error, match=f"{checkpoint} is damaged"):
             resume("dmfql", changed)
     shutil.copy(folder / "checkpoint.msgpack", checkpoint)
+    evals = changed / "eval.csv"
+    for text in ("step,seed,diverged,score\nx,5,0,0\n", "a,b\n1,2\n", "\xff\n"):
+        evals.write_text(text, encoding="latin1")
+        with pytest.raises(common.Error, match=f"{evals} is damaged"):
+            resume("dmfql", changed)
     record["data"]["sha256"] = "0" * 64
     args.write_text(json.dumps(record))
     with pytest.raises(common.Error, match="its sha256 differs"):
@@ -203,7 +208,7 @@ def test_two_processes_cannot_train_one_run(whole):
         (["--hidden-dims"], "--hidden-dims () is impossible"),
         (["--num-updates", 101], "give a multiple of 10"),
         (["--discount", 1.5], "--discount 1.5 is impossible"),
-        (["--dataset-path", "nowhere.npz"], "there is no dataset at nowhere.npz"),
+        (["--dataset-path", "nowhere.npz"], "nowhere.npz: put it there"),
         (["--dataset-path", "x", "--generate-episodes", 1], "exclude each other"),
         (["--env-name", "antmaze-large-navigate", "--generate-episodes", 1], "cannot be generated"),
         (["--batch-size", "many"], "invalid"),
