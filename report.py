@@ -397,7 +397,7 @@ def draw_aggregate(table: str, cells: dict, part: dict, path: pathlib.Path) -> p
 
 # ------------------------------------------------------------------------------------------------------------- page
 def write_page(folder: pathlib.Path, name: str, cells: dict[str, dict], entries: dict[str, dict], drawn: list):
-    """Writes page.html: report.html with the data and the pictures in it, so that it needs nothing else."""
+    """Writes page.html: page_template.html with the data and the pictures in it, so that it needs nothing else."""
     listed = lambda values: np.where(np.isnan(values), None, values).tolist()  # JSON has no NaN
     read = lambda path: path.with_suffix(".svg").read_text().replace("#000000", "currentColor")
     svg = lambda path: "<svg" + read(path).partition("<svg")[2]
@@ -412,7 +412,7 @@ def write_page(folder: pathlib.Path, name: str, cells: dict[str, dict], entries:
             shown.append(entry | {number: listed(entry[number]) for number in numbers})
     pictures = {path.stem: svg(path) for path in sorted(drawn) if "curves" not in path.stem}
     data = {"name": name, "tables": tables, "entries": shown, "pictures": pictures}
-    page = (ROOT / "report.html").read_text().replace("DATA", json.dumps(data).replace("</", "<\\/"))
+    page = (ROOT / "page_template.html").read_text().replace("DATA", json.dumps(data).replace("</", "<\\/"))
     (folder / "page.html").write_text(page)
 
 

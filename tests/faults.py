@@ -426,10 +426,11 @@ TIMES = {kill: 50, disk: 9, data: 200, checkpoint: 200, load: 1, tracking: 1}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[part.__name__ for part in TIMES])
+    names = [part.__name__ for part in TIMES]
+    parser.add_argument("parts", nargs="*", choices=names)
     parser.add_argument("--times", type=int, help="how often each fault is tried, in place of its usual number")
     args = parser.parse_args()
-    for part in args.parts:
+    for part in args.parts or names:
         function = globals()[part]
         begun = time.monotonic()
         function(args.times or TIMES[function])
