@@ -155,8 +155,8 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
             cells.append(Cell(table, task, column, run))
             unknown.discard(task)
     if unknown := set(selection.algos) - columns.keys() or unknown:
-        few = f"its columns are {', '.join(columns)}, and tasks and flags are those of algos/*.py"
-        raise common.Error(f"nothing that was selected has {', '.join(sorted(unknown))}: {few}")
+        choice = f"its columns are {', '.join(columns)}, and tasks and flags are those of algos/*.py"
+        raise common.Error(f"nothing that was selected has {', '.join(sorted(unknown))}: {choice}")
     return cells
 
 
