@@ -233,6 +233,8 @@ def markdown(table: str, cells: dict, entries: dict) -> str:
                 text += f"<br>paper {entry['paper']}{difference}"
             lines[-1].append(text)
     for name, family in families(tasks):
+        if len(family) == 1:
+            continue
         lines.append([f"sum of {len(family)} {name} tasks"])
         for column in columns:
             parts = [entries[task, column] for task in family if (task, column) in entries]
@@ -381,7 +383,7 @@ def draw_aggregate(table: str, cells: dict, part: dict, path: pathlib.Path) -> p
         axis.set_yticks(range(len(ticks)), ticks)
         axis.invert_yaxis()
     unit = unit_of(table, part["tasks"][0])
-    left.set(title="IQM", xlabel=unit)
+    left.set(title="IQM", xlabel=unit, xlim=(min(0, left.get_xlim()[0]), None))
     middle.set(title="probability of improvement", xlim=(0, 1))
     middle.axvline(0.5, color="gray", linestyle=":")
     thresholds = np.linspace(0, max(100, *(scores.max() for tasks in part["scores"].values() for scores in tasks)), 201)
@@ -390,9 +392,8 @@ def draw_aggregate(table: str, cells: dict, part: dict, path: pathlib.Path) -> p
     right.set(title="performance profile", xlabel=f"threshold, {unit}", ylabel="runs that score more", ylim=(0, 1))
     right.legend(fontsize=7)
     about = label([cells[task, column] for task in part["tasks"] for column in part["scores"]])
-    return save(
-        figure, path, f"{TITLES[table]}: over {len(part['tasks'])} {part['family']} tasks (95 % intervals)", about
-    )
+    over = f"over {len(part['tasks'])} {part['family']} task{'s' * (len(part['tasks']) > 1)}"
+    return save(figure, path, f"{TITLES[table]}: {over} (95 % intervals)", about)
 
 
 # ------------------------------------------------------------------------------------------------------------- page
