@@ -451,7 +451,7 @@ def check(args: Args):
 
 
 def main(args: Args):
-    """Times every algorithm at every number of seeds, prints a line each, and writes what there is so far."""
+    """Times every algorithm at every number of seeds, prints a line each, and writes all that there are after each."""
     check(args)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # contestants share the GPU
     command = shlex.join(["python", "benchmark.py", *sys.argv[1:]])

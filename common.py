@@ -92,7 +92,8 @@ KINDS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stit
 RANGES = {  # of the numbers that a flag takes
     **dict.fromkeys(("batch_size", "num_updates", "run_updates", "num_transitions", "policy_frequency"), (1, 10**8)),
     **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes", "num_samples", "num_seeds"), (1, 10**6)),
-    **dict.fromkeys(("turns", "fql_eval_episodes", "jobs", "gpus", "cpus", "hours"), (1, 10**5)),
+    **dict.fromkeys(("turns", "fql_eval_episodes", "jobs", "gpus", "cpus"), (1, 10**5)),
+    "hours": (1 / 60, 10**5),
     **dict.fromkeys(("num_target_samples", "flow_steps"), (1, 1000)),  # each makes the program longer, or much wider
     **dict.fromkeys(("alpha", "alpha_actor", "alpha_critic", "delta", "policy_noise", "noise_clip"), (0, 1e9)),
     **dict.fromkeys(("discount", "tau", "expectile", "learning_rate"), (0, 1)),
@@ -146,7 +147,7 @@ def load_task(name: str) -> Task:
 
 
 def check_ranges(args):
-    """Raises Error if a flag's number lies outside of RANGES; a flag of several numbers needs one at least."""
+    """Raises Error if a flag's number, or one of its numbers, lies outside of RANGES."""
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag, None)
         values = value if isinstance(value, tuple) else () if value is None else (value,)

@@ -153,9 +153,8 @@ def interval(statistic, scores: list[np.ndarray], repetitions: int = 10_000) -> 
     """
     value, ends = float(statistic(*scores)), (np.nan, np.nan)
     if min(map(len, scores)) > 1 and np.isfinite(value):
-        ends = scipy.stats.bootstrap(
-            scores, statistic, n_resamples=repetitions, method="percentile", rng=0
-        ).confidence_interval
+        settings = {"n_resamples": repetitions, "method": "percentile", "rng": 0}
+        ends = scipy.stats.bootstrap(scores, statistic, **settings).confidence_interval
     return value, *map(float, ends)
 
 
@@ -277,9 +276,8 @@ def norm_markdown(cells: dict[str, dict]) -> str:
         numbers = [f"{norm:.3g}", f"{float(cell.about['alpha']):g}", f"{delta:g}", f"{delta / norm:.2g}"]
         lines.append([task, column, *numbers, paper.get(task, "") if table == "table3" else ""])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return (
-        f"### Mean gradient norm of the critics (Table 3)\n\n{label([cell for *_, cell in shown.values()])}\n\n{text}\n"
-    )
+    about = label([cell for *_, cell in shown.values()])
+    return f"### Mean gradient norm of the critics (Table 3)\n\n{about}\n\n{text}\n"
 
 
 def aggregate(cells: dict) -> list[dict]:

@@ -325,9 +325,8 @@ def main(args: Args, flags: list[str]):
         print(f"{states[run]:17}{hours(run):6.1f} h  {name_of(run)}")
     where = f"on this machine, {args.jobs or 1} at a time" if args.cluster == "local" else "as jobs of SLURM"
     print(f"{len(todo)} of {len(runs)} runs to do {where}")
-    total = sum(map(hours, todo))
-    where = f"the machine of results/benchmark.json ({BENCHMARK['machine']})"
-    print(f"about {total:.1f} h in all on {where}, without evaluations")
+    machine = f"the machine of results/benchmark.json ({BENCHMARK['machine']})"
+    print(f"about {sum(map(hours, todo)):.1f} h in all on {machine}, without evaluations")
     if not args.dry_run and (failed := launch(todo, args)):
         raise common.Error(f"{len(failed)} of {len(todo)} runs failed: their logs are in runs/.jobs")
 

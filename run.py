@@ -210,7 +210,7 @@ class Run:
             except OSError as error:
                 raise Error(f"cannot write to {self.folder.parent.absolute()} ({error.strerror}): start elsewhere")
         if args.capture_video:
-            rendering_backend()
+            rendering_backend()  # raises Error if nothing can draw: better now than after the run
         self.signals = {number: signal.signal(number, leave_before_training) for number in SIGNALS}
         dataset, data = load_dataset(self.task, args.dataset_path, args.generate_episodes)
         self.sharding, everywhere = shardings(len(args.seeds))

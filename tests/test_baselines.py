@@ -112,6 +112,12 @@ def first_adam_step(params, gradient):
     )
 
 
+def test_fql_logs_its_three_losses(dataset):
+    args = small_args("fql")
+    _, metrics = load_algo("fql").update(args, dataset, one_state("fql", args, dataset), None)
+    assert metrics.keys() == {"critic_loss", "q", "flow_loss", "distill_loss", "actor_q"}
+
+
 def test_fql_acts_by_its_student_in_one_step():
     args, state, batch, _ = fixed_inputs("fql")
     obs, keys = np.asarray(batch.obs[:6]).reshape(1, 6, 5), jax.random.split(jax.random.PRNGKey(0), 6)[None]

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import os
+import re
 import sys
 import threading
 import time
@@ -225,3 +226,11 @@ def test_a_generation_whose_process_dies_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(common.generate, "generate", die)
     with pytest.raises(common.Error, match=f"cannot generate {tmp_path}.*a process died"):
         common.load_dataset(common.load_task(TASK), None, 1)
+
+
+def test_no_file_can_run_code():
+    """Nothing here unpickles, evaluates or hands to a shell what it reads."""
+    dangerous = r"\b(pickle|marshal|shelve|eval|exec|compile|system|popen)\(|^import (pickle|marshal|shelve)|shell=True"
+    dangerous += r"|allow_pickle=True|pickle\.load"
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("algos/*.py")]:
+        assert not re.search(dangerous, path.read_text(), re.MULTILINE), path

@@ -77,6 +77,25 @@ def test_losses_gradients_and_actions_are_those_of_fql(name, monkeypatch):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=key)
 
 
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("iql", {"alpha": 1}),  # the temperature of AWR, not the weight of a behaviour loss
+        ("diql", {"alpha": 1, "delta": 0.03}),
+        ("ifql", {"alpha": 300, "num_samples": 32}),
+        ("difql", {"alpha": 300, "num_samples": 32, "delta": 0.03}),
+        ("trigflow", {"alpha": 300, "num_samples": 32}),
+        ("dtrigflow", {"alpha": 300, "num_samples": 32, "delta": 0.03}),
+        ("etrigflow", {"alpha": 300, "num_samples": 32}),
+    ],
+)
+def test_the_papers_values_are_taken(name, values):
+    args = vars(small_args(name))
+    values |= {"q_agg": "min", "expectile": 0.9, "discount": 0.99}
+    assert {key: args[key] for key in values} == values
+    assert {"delta", "num_samples"} & args.keys() == {"delta", "num_samples"} & values.keys()
+
+
 @pytest.mark.parametrize("name, tanh", [("iql", False), ("iql", True), ("diql", False)])
 def test_awr_against_numpy(name, tanh, dataset, batch):
     """Eqs. 2 and 18: the weight is the data action's, and at most 100; the action cloned is a or a*."""
@@ -153,6 +172,14 @@ def test_flow_and_diffusion_recover_the_modes_that_a_gaussian_cannot(name, num_u
         assert shares.sum() == 0
     else:
         assert shares.sum() > 0.8 and shares.min() > 0.15
+
+
+def test_one_sample_of_max_q_is_the_policy(dataset, batch):
+    algo, args = load_algo("ifql"), small_args("ifql")
+    state, key = one_state("ifql", args, dataset), jax.random.PRNGKey(1)
+    action, _ = algo.max_q(args, state, state.critic.params, batch.obs, 1, key)
+    sample = state.actor.apply_fn(state.actor.params, batch.obs[None], key, method="sample")[0]
+    np.testing.assert_array_equal(action, sample)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])

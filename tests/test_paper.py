@@ -68,7 +68,6 @@ def numpy_sample(name, params, obs, noise, steps):
         ("dmfql", "cube-double-play-singletask-task4-v0", "delta 0.03 num_samples 4 alpha 300 num_updates 1000000"),
         ("mfql", "humanoidmaze-large-navigate", "num_samples 16 alpha 30 discount 0.995 num_target_samples 4"),
         ("difql", "puzzle-4x4-play", "delta 0.03 num_samples 64 alpha 1000 q_agg min discount 0.99 expectile 0.9"),
-        ("iql", "cube-single-play", "alpha 1 q_agg min discount 0.99 expectile 0.9"),  # alpha: the temperature of AWR
         ("diql", "antsoccer-arena-navigate", "delta 0.1 alpha 1 discount 0.995 q_agg min"),
         ("etrigflow", "door-expert-v1", "num_samples 2 alpha 30000 num_updates 500000"),
         ("fql", "antmaze-large-navigate", "alpha 10 q_agg min discount 0.99"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import filelock
 import imageio_ffmpeg
@@ -61,11 +62,7 @@ def test_a_run_that_two_figures_share_is_one():
     "selection, flags, sentence",
     [
         (Selection(("table1",), ("scene-pley",)), [], "nothing that was selected has scene-pley"),
-        (
-            Selection(("table1",), (TASK,), ("dmfql",)),
-            [],
-            "nothing that was selected has dmfql: its columns are iql_tanh",
-        ),
+        (Selection(("table1",), (TASK,), ("dmfql",)), [], "nothing that was selected has dmfql: its columns are iql"),
         (Selection(("table4",), ("pen-human-v1",)), [], "nothing that was selected has pen-human-v1"),
         (Selection(("table1",)), ["--num-target-samples", "1"], "has num_target_samples"),
         (Selection(("table1",)), ["20000"], "'20000'"),
@@ -89,6 +86,7 @@ def test_what_cannot_be_meant_is_refused(selection, flags, sentence):
         (reproduce.Args(()), "nothing is selected"),
         (reproduce.Args(("table1",), jobs=-1), "--jobs -1 is impossible"),
         (reproduce.Args(("table1",), gpus=0), "--gpus 0 is impossible"),
+        (reproduce.Args(("table1",), hours=0), "--hours 0 is impossible"),
     ],
 )
 def test_what_cannot_be_started_is_refused(args, sentence):
@@ -150,6 +148,20 @@ def test_where_a_run_stands(tmp_path, monkeypatch):
     assert state_of(run) == "finished"
 
 
+@pytest.mark.parametrize("state, fails", [("finished", False), ("running", False), ("cut off at 30 %", True)])
+def test_a_run_fails_unless_it_is_finished_or_another_process_has_it(state, fails, monkeypatch):
+    (cell,) = expand(Selection(("table4",), (TASK,)), [])
+    job = types.SimpleNamespace(done=lambda: True, stdout=str, stderr=str, paths=types.SimpleNamespace(stdout="log"))
+    monkeypatch.setattr(reproduce, "submit", lambda *_: job)
+    monkeypatch.setattr(reproduce, "state_of", lambda _: state)
+    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGTERM)
+    try:
+        assert reproduce.launch([cell.run], reproduce.Args(("table4",))) == ([cell.run] if fails else [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGTERM, handler)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of a run in a grid of two, one of which cannot be: it was interrupted and resumed."""
@@ -171,11 +183,8 @@ def folder(tmp_path_factory):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err == "error: 1 of 2 runs failed: their logs are in runs/.jobs\n"
     assert "cut off at" in out and "FAILED           mfql --env-name door-expert-v1" in out
-    assert (
-        f"error: {cwd}/pen.hdf5 is not D4RL's door data" in out
-        and "name another file by --dataset-path" in out
-        and "finished         mfql --env-name pen-expert-v1" in out
-    )
+    assert f"error: {cwd}/pen.hdf5 is not D4RL's door data" in out and "name another file by --dataset-path" in out
+    assert "finished         mfql --env-name pen-expert-v1" in out
     command.insert(2, "--dry-run")
     out, _ = start().communicate(timeout=300)
     assert out.startswith("finished ") and "\nnew " in out and "1 of 2 runs to do" in out
@@ -209,8 +218,6 @@ def test_a_film_shows_the_episodes_of_the_last_evaluation(folder):
 def test_without_opengl_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MUJOCO_GL", "none")
-    with pytest.raises(
-        common.Error, match="nothing here can draw for --capture-video by MUJOCO_GL=none: install OSMesa"
-    ):
+    with pytest.raises(common.Error, match="nothing here can draw for --capture-video by MUJOCO_GL=none: install OS"):
         Run(load_algo("dmfql").Args(env_name=TASK, capture_video=True), "dmfql.py", ("ql",))
     assert not list(tmp_path.glob("runs/*/*/*"))

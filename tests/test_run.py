@@ -226,6 +226,19 @@ def test_impossible_flags_end_in_one_sentence(flags, sentence, tmp_path, monkeyp
     assert not list(tmp_path.glob("runs/*/*/*"))
 
 
+def test_a_dataset_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    algo, task = load_algo("mfql"), common.load_task(TASK)
+    for given, kept in (("data.npz", tmp_path / "data.npz"), ("~/data.npz", pathlib.Path.home() / "data.npz")):
+        args = common.resolve(algo.Args(env_name=TASK, dataset_path=given), task, algo.COLUMNS)
+        assert args.dataset_path == str(kept)
+
+
+def test_an_error_is_one_line(tmp_path):
+    code, out, err = run_cli("dmfql", "--env-name", "scene-pley", cwd=tmp_path)
+    assert code == 1 and out == "" and err.startswith("error: there is no task") and err.count("\n") == 1
+
+
 def record_episodes(hand, path):
     """Writes two episodes of random actions in the real environment, in D4RL's format."""
     env, rng = adroit.make_env(hand), np.random.default_rng(0)
