@@ -122,6 +122,15 @@ def test_reduced_generated_and_diverged_are_never_hidden(runs):
     assert not re.search(loads, page.replace('\\"', '"'))  # the page needs nothing from elsewhere
 
 
+def test_a_page_has_no_picture_of_an_earlier_report(runs, monkeypatch):
+    monkeypatch.chdir(runs[1].parents[1])
+    before = (runs[1] / "page.html").read_text()
+    (runs[1] / "table1-ogbench.svg").write_text("<svg>earlier</svg>")
+    report.main(report.Args(name="small"), [])
+    (runs[1] / "table1-ogbench.svg").unlink()
+    assert (runs[1] / "page.html").read_text() == before
+
+
 def test_full_size_runs_are_compared_with_the_paper():
     about = {"reduced": "", "data": "published", "transitions": "10", "num_updates": "20", "run": "r"}
     cell = report.Result(np.arange(2, 21, 2), np.zeros((8, 10)), np.zeros((8, 10)), np.full(8, 90.0), about)
