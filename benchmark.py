@@ -235,11 +235,11 @@ class Ours:
         obs = np.stack([answers[slot][0] for slot in answers]).reshape(self.num_seeds, slots, -1).astype(np.float32)
         act = functools.partial(self.module.act, self.args, jax.device_put(self.states, cpu))
         with jax.default_device(cpu):
-            keys = common.episode_keys(0, *np.zeros((2, self.num_seeds, slots), int))
+            keys = common.episode_keys(*np.zeros((2, self.num_seeds, slots), np.uint32))
             action, policy = np.asarray(act(obs, keys)), floor_of(act, obs, keys)
             policy.seconds()  # compiles
             begun = time.perf_counter()
-            common.evaluate(act, environments, range(self.num_seeds), self.eval_episodes)
+            common.evaluate(act, environments, range(self.num_seeds), 0, self.eval_episodes)
             took = (time.perf_counter() - begun) / self.eval_episodes / self.num_seeds
             acting = policy.seconds() / slots / self.num_seeds
         environments.close()

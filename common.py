@@ -62,26 +62,26 @@ class Error(SystemExit):
 # those on OGBench and the temperature of AWR from FQL.
 TABLE = """
                               iql:      ql:                          all:                  awr:   rebrac:
-                              delta  n  delta   n  alpha_critic  alpha q_agg discount   alpha   alpha_actor, _critic
-antmaze-large-navigate        0.1    4  0.03    4  0.01             10   min    0.99       10   0.003   0.01
-humanoidmaze-medium-navigate  0.1   32  0.1    32  0.01             30  mean   0.995       10   0.01    0.01
-humanoidmaze-large-navigate   0.03   8  0.03   16  0.001            30  mean   0.995       10   0.01    0.01
-antsoccer-arena-navigate      0.1   16  0.1    16  0.1              10  mean   0.995        1   0.01    0.01
-cube-single-play              0.03  32  0.03    2  0.01            300  mean    0.99        1   1       0
-cube-double-play              0.1   16  0.03    4  0.1             300  mean    0.99      0.3   0.1     0
-scene-play                    0.1   32  0.1     4  0.01            300  mean    0.99       10   0.1     0.01
-puzzle-3x3-play               0.03   4  0.03    2  0.01           1000  mean    0.99       10   0.3     0.01
-puzzle-4x4-play               0.03  64  0.03    4  0.01           1000  mean    0.99        3   0.3     0.01
-pen-human-v1                  0.001  8  0.0003  4  0.5           10000   min    0.99       10   0.1     0.5
-pen-cloned-v1                 0.001 16  0.0003 32  0.5           10000   min    0.99       10   0.05    0.5
-pen-expert-v1                 0.001 64  0.0003 32  0.01           3000   min    0.99       10   0.01    0.01
-door-expert-v1                0.003  2  0.003  16  0.01          30000   min    0.99       10   0.05    0.01
-hammer-expert-v1              0.003  2  0.003   4  0.01          30000   min    0.99       10   0.01    0.01
-relocate-expert-v1            0.003  2  0.0003  4  0.01          30000   min    0.99       10   0.05    0.01
+                              delta  n  delta   n  alpha_critic  alpha q_agg discount   alpha   actor, critic  bptt:
+antmaze-large-navigate        0.1    4  0.03    4  0.01             10   min    0.99       10   0.003   0.01       100
+humanoidmaze-medium-navigate  0.1   32  0.1    32  0.01             30  mean   0.995       10   0.01    0.01       300
+humanoidmaze-large-navigate   0.03   8  0.03   16  0.001            30  mean   0.995       10   0.01    0.01      1000
+antsoccer-arena-navigate      0.1   16  0.1    16  0.1              10  mean   0.995        1   0.01    0.01       100
+cube-single-play              0.03  32  0.03    2  0.01            300  mean    0.99        1   1       0     10000
+cube-double-play              0.1   16  0.03    4  0.1             300  mean    0.99      0.3   0.1     0      3000
+scene-play                    0.1   32  0.1     4  0.01            300  mean    0.99       10   0.1     0.01      3000
+puzzle-3x3-play               0.03   4  0.03    2  0.01           1000  mean    0.99       10   0.3     0.01     33333
+puzzle-4x4-play               0.03  64  0.03    4  0.01           1000  mean    0.99        3   0.3     0.01     33333
+pen-human-v1                  0.001  8  0.0003  4  0.5           10000   min    0.99      0.5   0.1     0.5     10000
+pen-cloned-v1                 0.001 16  0.0003 32  0.5           10000   min    0.99      0.5   0.05    0.5     10000
+pen-expert-v1                 0.001 64  0.0003 32  0.01           3000   min    0.99      0.5   0.01    0.01      3000
+door-expert-v1                0.003  2  0.003  16  0.01          30000   min    0.99      0.5   0.05    0.01     30000
+hammer-expert-v1              0.003  2  0.003   4  0.01          30000   min    0.99      0.5   0.01    0.01     30000
+relocate-expert-v1            0.003  2  0.0003  4  0.01          30000   min    0.99      0.5   0.05    0.01     30000
 """
 COLUMNS = [
     *("iql.delta", "iql.num_samples", "ql.delta", "ql.num_samples", "ql.alpha_critic", "alpha", "q_agg", "discount"),
-    *("awr.alpha", "rebrac.alpha_actor", "rebrac.alpha_critic"),
+    *("awr.alpha", "rebrac.alpha_actor", "rebrac.alpha_critic", "bptt.alpha"),
 ]
 PAPER = {  # {task: {column: value}}
     name: dict(zip(COLUMNS, (value if value in ("min", "mean") else json.loads(value) for value in values)))
@@ -513,12 +513,16 @@ class Environments:
             worker.join()
 
 
+def episode_seeds(eval_seed: int, seed: int, update: int, num_episodes: int) -> list[int]:
+    """What each episode of an evaluation depends on, besides the policy: its first state and the policy's noise."""
+    entropy = [(eval_seed, seed, update, episode) for episode in range(num_episodes)]
+    return [int(np.random.SeedSequence(numbers).generate_state(1)[0]) for numbers in entropy]
+
+
 @jax.jit
-def episode_keys(eval_seed: jax.Array, episode: jax.Array, step: jax.Array) -> jax.Array:
-    """One key per slot, made of (eval_seed, episode, step) alone: [seeds, slots, 2] of episode, step [seeds, slots]."""
-    key = jax.random.PRNGKey(eval_seed)
-    fold_in = lambda episode, step: jax.random.fold_in(jax.random.fold_in(key, episode), step)
-    return jax.vmap(jax.vmap(fold_in))(episode, step)
+def episode_keys(seed: jax.Array, step: jax.Array) -> jax.Array:
+    """One key per slot, made of the episode's seed and step alone: [seeds, slots, 2] of seed, step [seeds, slots]."""
+    return jax.vmap(jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.PRNGKey(seed), step)))(seed, step)
 
 
 def slots_per_seed(num_seeds: int, num_episodes: int) -> int:
@@ -531,23 +535,24 @@ def evaluate(
     act: collections.abc.Callable,
     environments: Environments,
     seeds: collections.abc.Sequence[int],
+    update: int,
     num_episodes: int,
     eval_seed: int = 0,
 ) -> np.ndarray:
-    """Plays `num_episodes` episodes with the policy of each of `seeds`: the scores, [seeds, num_episodes].
+    """Plays `num_episodes` episodes with the policy of each of `seeds` after so many updates: [seeds, num_episodes].
 
     `act(obs, keys)` gives the actions [seeds, slots, action_dim] of obs [seeds, slots, obs_dim] and a key each.
-    A slot whose episode has ended plays the seed's next one. Episode i starts from the same state whatever the policy,
-    and its noise is keyed by (eval_seed, i, step): the scores depend neither on the workers nor on how often one
-    evaluates. A policy whose action is not finite scores NaN. Raises Error, naming the episode, if it cannot be played.
+    A slot whose episode has ended plays the seed's next one. Episode i of a seed starts from a state, and draws noise,
+    that depend on (eval_seed, seed, update, i) alone: neither on the algorithm nor on the workers. A policy whose
+    action is not finite scores NaN. Raises Error, naming the episode, if it cannot be played.
     """
     num_seeds = len(seeds)
     slots = environments.num_slots // num_seeds
-    starts = [int(np.random.SeedSequence((eval_seed, i)).generate_state(1)[0]) for i in range(num_episodes)]
+    starts = [[*episode_seeds(eval_seed, seed, update, num_episodes), 0] for seed in seeds]  # and of no episode
     scores = np.full((num_seeds, num_episodes), np.nan)
     episode, step = np.tile(np.arange(slots), (num_seeds, 1)), np.zeros((num_seeds, slots), np.int32)
     waiting = [iter(range(slots, num_episodes)) for _ in seeds]
-    commands = {slot: starts[i] for slot, i in enumerate(episode.flat) if i < num_episodes}
+    commands = {slot: starts[slot // slots][i] for slot, i in enumerate(episode.flat) if i < num_episodes}
     obs = None
     while commands:
         try:
@@ -560,7 +565,8 @@ def evaluate(
             obs = np.zeros((num_seeds, slots, len(answers[0][0])), np.float32)
         for slot, (slot_obs, _) in answers.items():
             obs[divmod(slot, slots)] = slot_obs
-        actions = np.asarray(act(obs, episode_keys(eval_seed, episode, step)))
+        keys = episode_keys(np.take_along_axis(np.array(starts, np.uint32), episode, axis=1), step)
+        actions = np.asarray(act(obs, keys))
         commands = {}
         for slot in sorted(answers):  # of slots that end together, the first takes the next episode
             at, score = divmod(slot, slots), answers[slot][1]  # at: seed, slot of the seed
@@ -571,5 +577,5 @@ def evaluate(
                 scores[at[0], episode[at]] = np.nan if score is None else score
                 episode[at], step[at] = next(waiting[at[0]], num_episodes), 0
                 if episode[at] < num_episodes:
-                    commands[slot] = starts[episode[at]]
+                    commands[slot] = starts[at[0]][episode[at]]
     return scores

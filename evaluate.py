@@ -93,7 +93,9 @@ def main(args: Args):
         play = lambda obs, keys: module.act(run, states, *(np.repeat(x, num_seeds, axis=0) for x in (obs, keys)))[:1]
         warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once
         film = Film(task, list(range(min(slots, 4))), slots, args.folder)
-        for episode, score in enumerate(common.evaluate(play, film, run.seeds[:1], min(slots, 4), run.eval_seed)[0]):
+        for episode, score in enumerate(
+            common.evaluate(play, film, run.seeds[:1], run.num_updates, min(slots, 4), run.eval_seed)[0]
+        ):
             print(f"{args.folder}/episode-{episode}.mp4: score {score:.1f}", flush=True)
 
 
@@ -106,7 +108,9 @@ def evaluate_again(args: Args, run, act, states, task: common.Task, slots: int):
     environments = common.Environments(task, slots * len(run.seeds), args.num_workers or os.cpu_count())
     for n in (n for n in args.num_samples if n not in done):
         play = functools.partial(act, dataclasses.replace(run, num_samples=n), states)
-        scores = common.evaluate(play, environments, run.seeds, run.eval_episodes, run.eval_seed).mean(axis=1)
+        scores = common.evaluate(play, environments, run.seeds, run.num_updates, run.eval_episodes, run.eval_seed).mean(
+            axis=1
+        )
         keys = [{"step": run.num_updates, "seed": seed, "num_samples": n} for seed in run.seeds]
         append_rows(path, [key | {"score": f"{score:.6g}"} for key, score in zip(keys, scores)])
         print(f"{n} samples: {scores.mean():.1f} +- {scores.std():.1f}", flush=True)

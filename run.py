@@ -355,10 +355,12 @@ class Run:
         cpu, args = jax.devices("cpu")[0], self.args
         states = jax.device_put(jax.tree.map(np.array, states), cpu)  # a copy: the next update overwrites `states`
 
+        update = self.step
+
         def play_episodes():
             with jax.default_device(cpu):
                 policies = functools.partial(act, states)
-                return evaluate(policies, self.environments, args.seeds, args.eval_episodes, args.eval_seed)
+                return evaluate(policies, self.environments, args.seeds, update, args.eval_episodes, args.eval_seed)
 
         self.evaluated.add(self.step)
         self.evaluation = self.step, time.monotonic(), set(self.diverged), self.thread.submit(play_episodes)

@@ -1,18 +1,19 @@
 """ETrigFlow: trigflow.py, whose policy also climbs Q through one denoising step (Eq. 20).
 
     critic   mean (Q(s, a) - (r + discount mask V(s')))^2
-    value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
-    actor    alpha mean (f(s, a_t, t) - a)^2 - mean Q(s, f(s, a_t, t)),  f clipped to [-1, 1] for Q,
+    value    mean |expectile - 1(min Q'(s, a) < V(s))| (min Q'(s, a) - V(s))^2
+    actor    alpha mean (f(s, a_t, t) - a)^2 - mean min Q(s, f(s, a_t, t)),
              f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
              a_t = cos(t) a + sin(t) z,  z ~ N(0, I),  t ~ U[0, pi / 2]
-    acts by  the best by Q of num_samples policy actions
+    acts by  the best by min Q of num_samples policy actions
 
-t = pi / 2 is noise and t = 0 is data, as in the paper.
+Q are the two critics and Q' their targets; min Q and mean Q are over the two.
+Time runs from noise (t = pi / 2) to data (t = 0).
 """
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -41,12 +42,10 @@ class Args:
     """widths of the hidden layers of every network"""
     learning_rate: float = 3e-4
     """learning rate of Adam, for every network"""
-    discount: float | None = None
+    discount: float = 0.99
     """discount factor gamma"""
     tau: float = 0.005
     """step of the target critic towards the critic"""
-    q_agg: Literal["min", "mean"] = "min"
-    """how the two critics make one Q"""
     expectile: float = 0.9
     """expectile of Q(s, a) over the data's actions that V(s) learns"""
     num_samples: int | None = None
@@ -166,19 +165,13 @@ def init(args, obs_dim, action_dim, seed):
     )
 
 
-def q_value(args, state, critic_params, obs, action):
-    """Q(s, a) of the two critics: their minimum or mean, [...]."""
-    q = state.critic.apply_fn(critic_params, obs, action)
-    return q.min(axis=0) if args.q_agg == "min" else q.mean(axis=0)
-
-
-def max_q(args, state, critic_params, obs, num_samples, key):
-    """The best of num_samples policy actions by Q (Eq. 9), and its Q: [..., action_dim], [...]."""
+def max_q(state, obs, num_samples, key):
+    """The best of num_samples policy actions by the smaller of the two Q (Eq. 9): [..., action_dim]."""
     obs = jnp.broadcast_to(obs, (num_samples, *obs.shape))
     action = state.actor.apply_fn(state.actor.params, obs, key, method="sample")
-    q = q_value(args, state, critic_params, obs, action)
-    best = q.argmax(axis=0)[None]
-    return jnp.take_along_axis(action, best[..., None], axis=0)[0], q.max(axis=0)
+    q = state.critic.apply_fn(state.critic.params, obs, action).min(axis=0)
+    best = q.argmax(axis=0)[None, ..., None]
+    return jnp.take_along_axis(action, best, axis=0)[0]
 
 
 def critic_loss(params, args, state, batch):
@@ -191,8 +184,8 @@ def critic_loss(params, args, state, batch):
 
 
 def value_loss(params, args, state, batch):
-    """Expectile regression of V(s) towards the target critic's Q(s, a) (Eq. 1)."""
-    q = q_value(args, state, state.target_critic, batch.obs, batch.action)
+    """Expectile regression of V(s) towards the smaller of the target critics' Q(s, a) (Eq. 1)."""
+    q = state.critic.apply_fn(state.target_critic, batch.obs, batch.action).min(axis=0)
     v = state.value.apply_fn(params, batch.obs)
     weight = jnp.where(q < v, 1 - args.expectile, args.expectile)
     loss = jnp.mean(weight * (q - v) ** 2)
@@ -208,7 +201,7 @@ def actor_loss(params, args, state, batch, key):
     noisy = jnp.cos(t) * action + jnp.sin(t) * noise
     denoised = state.actor.apply_fn(params, batch.obs, noisy, t, method="denoise")
     loss = jnp.mean((denoised - action) ** 2)
-    q = q_value(args, state, state.critic.params, batch.obs, jnp.clip(denoised, -1, 1)).mean()
+    q = state.critic.apply_fn(state.critic.params, batch.obs, denoised).min(axis=0).mean()
     return args.alpha * loss - q, {"diffusion_loss": loss, "denoised_q": q}
 
 
@@ -223,7 +216,7 @@ def update(args, dataset, state, _):
     critic = state.critic.apply_gradients(grads=critic_grads)
     value = state.value.apply_gradients(grads=value_grads)
     actor = state.actor.apply_gradients(grads=actor_grads)
-    target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
+    target_critic = optax.incremental_update(state.critic.params, state.target_critic, args.tau)
     return AgentState(actor, critic, value, target_critic, key), critic_metrics | value_metrics | actor_metrics
 
 
@@ -238,7 +231,7 @@ def train(args, num_steps, dataset, states):
 @functools.partial(jax.jit, static_argnums=0)
 def act(args, states, obs, keys):
     """MaxQ actions for obs [seeds, slots, obs_dim], a key each: [seeds, slots, action_dim]."""
-    one = lambda state, obs, key: max_q(args, state, state.critic.params, obs, args.num_samples, key)[0]
+    one = lambda state, obs, key: max_q(state, obs, args.num_samples, key)
     return jax.vmap(jax.vmap(one, (None, 0, 0)))(states, obs, keys)
 
 

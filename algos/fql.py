@@ -5,8 +5,8 @@
     actor    alpha mean (pi(s, z) - flow(s, z))^2 - mean Q(s, pi(s, z)),  flow(s, z) flow_steps Euler steps from z
     acts by  pi(s, z) of one z
 
-t = 1 is noise and t = 0 is data, as in the DOAL paper; in FQL's it is the other way round. q_agg makes Q' of the two
-critics; the actor's Q is always their mean.
+q_agg makes Q' of the two target critics; the actor's Q is always the mean of the two.
+Time runs from noise (t = 1) to data (t = 0); in FQL's paper it is the other way round.
 """
 
 import dataclasses
@@ -162,16 +162,11 @@ def init(args, obs_dim, action_dim, seed):
     )
 
 
-def q_value(args, state, critic_params, obs, action):
-    """Q(s, a) of the two critics: their minimum or mean, [...]."""
-    q = state.critic.apply_fn(critic_params, obs, action)
-    return q.min(axis=0) if args.q_agg == "min" else q.mean(axis=0)
-
-
 def critic_loss(params, args, state, batch, key):
     """Q-learning at the student's next action."""
     next_action = state.actor.apply_fn(state.actor.params, batch.next_obs, key, method="sample")
-    next_q = q_value(args, state, state.target_critic, batch.next_obs, next_action)
+    next_q = state.critic.apply_fn(state.target_critic, batch.next_obs, next_action)
+    next_q = next_q.min(axis=0) if args.q_agg == "min" else next_q.mean(axis=0)
     target = batch.reward + args.discount * batch.mask * next_q
     q = state.critic.apply_fn(params, batch.obs, batch.action)
     loss = jnp.mean((q - target) ** 2)
@@ -210,7 +205,7 @@ def update(args, dataset, state, _):
     critic = state.critic.apply_gradients(grads=critic_grads)
     flow = state.flow.apply_gradients(grads=flow_grads)
     actor = state.actor.apply_gradients(grads=actor_grads)
-    target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
+    target_critic = optax.incremental_update(state.critic.params, state.target_critic, args.tau)
     return AgentState(actor, flow, critic, target_critic, key), critic_metrics | flow_metrics | actor_metrics
 
 

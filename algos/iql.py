@@ -1,16 +1,17 @@
 """IQL: implicit Q-learning (Eq. 1) with a Gaussian policy by advantage-weighted regression (Eq. 2).
 
     critic   mean (Q(s, a) - (r + discount mask V(s')))^2
-    value    mean |expectile - 1(Q'(s, a) < V(s))| (Q'(s, a) - V(s))^2,  Q' the target critic
-    actor    -mean min(exp(alpha (Q(s, a) - V(s))), 100) log N(a; mean(s), I)
+    value    mean |expectile - 1(min Q'(s, a) < V(s))| (min Q'(s, a) - V(s))^2
+    actor    -mean min(exp(alpha (min Q(s, a) - V(s))), 100) log N(a; mean(s), I)
     acts by  the mean, clipped to [-1, 1]
 
+Q are the two critics and Q' their targets; min Q is over the two.
 The policy's standard deviation is 1.
 """
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,12 +40,10 @@ class Args:
     """widths of the hidden layers of every network"""
     learning_rate: float = 3e-4
     """learning rate of Adam, for every network"""
-    discount: float | None = None
+    discount: float = 0.99
     """discount factor gamma"""
     tau: float = 0.005
     """step of the target critic towards the critic"""
-    q_agg: Literal["min", "mean"] = "min"
-    """how the two critics make one Q"""
     expectile: float = 0.9
     """expectile of Q(s, a) over the data's actions that V(s) learns"""
     alpha: float | None = None
@@ -152,12 +151,6 @@ def init(args, obs_dim, action_dim, seed):
     )
 
 
-def q_value(args, state, critic_params, obs, action):
-    """Q(s, a) of the two critics: their minimum or mean, [...]."""
-    q = state.critic.apply_fn(critic_params, obs, action)
-    return q.min(axis=0) if args.q_agg == "min" else q.mean(axis=0)
-
-
 def critic_loss(params, args, state, batch):
     """Q-learning with V(s') in the target (Eq. 1)."""
     next_v = state.value.apply_fn(state.value.params, batch.next_obs)
@@ -168,8 +161,8 @@ def critic_loss(params, args, state, batch):
 
 
 def value_loss(params, args, state, batch):
-    """Expectile regression of V(s) towards the target critic's Q(s, a) (Eq. 1)."""
-    q = q_value(args, state, state.target_critic, batch.obs, batch.action)
+    """Expectile regression of V(s) towards the smaller of the target critics' Q(s, a) (Eq. 1)."""
+    q = state.critic.apply_fn(state.target_critic, batch.obs, batch.action).min(axis=0)
     v = state.value.apply_fn(params, batch.obs)
     weight = jnp.where(q < v, 1 - args.expectile, args.expectile)
     loss = jnp.mean(weight * (q - v) ** 2)
@@ -179,7 +172,7 @@ def value_loss(params, args, state, batch):
 def actor_loss(params, args, state, batch, key):
     """Advantage-weighted regression (Eq. 2) on the data action; it draws nothing from the key."""
     action = batch.action
-    q = q_value(args, state, state.critic.params, batch.obs, batch.action)
+    q = state.critic.apply_fn(state.critic.params, batch.obs, batch.action).min(axis=0)
     v = state.value.apply_fn(state.value.params, batch.obs)
     weight = jnp.minimum(jnp.exp(args.alpha * (q - v)), 100)
     mean = state.actor.apply_fn(params, batch.obs)
@@ -199,7 +192,7 @@ def update(args, dataset, state, _):
     critic = state.critic.apply_gradients(grads=critic_grads)
     value = state.value.apply_gradients(grads=value_grads)
     actor = state.actor.apply_gradients(grads=actor_grads)
-    target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
+    target_critic = optax.incremental_update(state.critic.params, state.target_critic, args.tau)
     return AgentState(actor, critic, value, target_critic, key), critic_metrics | value_metrics | actor_metrics
 
 

@@ -1,17 +1,21 @@
 """MFQL-BPTT: mfql.py, whose policy maximizes Q through all of its flow steps (Eq. 10).
 
-    critic   mean (Q(s, a) - (r + discount mask Q'(s', a')))^2,  a' the best by Q' of num_target_samples policy actions
+    critic   mean (Q(s, a) - (r + discount mask mean Q'(s', a')))^2,
+             a' the best by min Q of num_target_samples policy actions
     actor    alpha mean (v(s, a_t, t) - (a - z))^2 - mean Q(s, pi(s)),  pi(s) flow_steps Euler steps from noise,
              a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
-    acts by  the best by Q of num_samples policy actions
+    acts by  the best by min Q of num_samples policy actions
 
-t = 1 is noise and t = 0 is data, as in the paper. Back-propagation through time keeps every layer of every flow step:
-the memory of an update grows with flow_steps, and the policy is called backward flow_steps times more than in mfql.py.
+Q are the two critics and Q' their targets; min Q and mean Q are over the two.
+Time runs from noise (t = 1) to data (t = 0).
+
+Back-propagation through time keeps every layer of every flow step: the memory of an update grows with flow_steps, and
+the policy is called backward flow_steps times more than in mfql.py.
 """
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,7 +27,7 @@ from flax.training.train_state import TrainState
 import common
 from run import Run
 
-COLUMNS = ("ql",)  # of common.PAPER, which has the values of the flags that are None
+COLUMNS = ("bptt", "ql")  # of common.PAPER, which has the values of the flags that are None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +44,10 @@ class Args:
     """widths of the hidden layers of every network"""
     learning_rate: float = 3e-4
     """learning rate of Adam, for every network"""
-    discount: float | None = None
+    discount: float = 0.99
     """discount factor gamma"""
     tau: float = 0.005
     """step of the target critic towards the critic"""
-    q_agg: Literal["min", "mean"] | None = None
-    """how the two critics make one Q"""
     num_target_samples: int = 4
     """actions that MaxQ chooses from in the Bellman target"""
     num_samples: int | None = None
@@ -146,24 +148,19 @@ def init(args, obs_dim, action_dim, seed):
     )
 
 
-def q_value(args, state, critic_params, obs, action):
-    """Q(s, a) of the two critics: their minimum or mean, [...]."""
-    q = state.critic.apply_fn(critic_params, obs, action)
-    return q.min(axis=0) if args.q_agg == "min" else q.mean(axis=0)
-
-
-def max_q(args, state, critic_params, obs, num_samples, key):
-    """The best of num_samples policy actions by Q (Eq. 9), and its Q: [..., action_dim], [...]."""
+def max_q(state, obs, num_samples, key):
+    """The best of num_samples policy actions by the smaller of the two Q (Eq. 9): [..., action_dim]."""
     obs = jnp.broadcast_to(obs, (num_samples, *obs.shape))
     action = state.actor.apply_fn(state.actor.params, obs, key, method="sample")
-    q = q_value(args, state, critic_params, obs, action)
-    best = q.argmax(axis=0)[None]
-    return jnp.take_along_axis(action, best[..., None], axis=0)[0], q.max(axis=0)
+    q = state.critic.apply_fn(state.critic.params, obs, action).min(axis=0)
+    best = q.argmax(axis=0)[None, ..., None]
+    return jnp.take_along_axis(action, best, axis=0)[0]
 
 
 def critic_loss(params, args, state, batch, key):
     """Q-learning with MaxQ targets (Eq. 22)."""
-    _, next_q = max_q(args, state, state.target_critic, batch.next_obs, args.num_target_samples, key)
+    next_action = max_q(state, batch.next_obs, args.num_target_samples, key)
+    next_q = state.critic.apply_fn(state.target_critic, batch.next_obs, next_action).mean(axis=0)
     target = batch.reward + args.discount * batch.mask * next_q
     q = state.critic.apply_fn(params, batch.obs, batch.action)
     loss = jnp.mean((q - target) ** 2)
@@ -179,7 +176,7 @@ def actor_loss(params, args, state, batch, key):
     velocity = state.actor.apply_fn(params, batch.obs, (1 - t) * action + t * noise, t)
     loss = jnp.mean((velocity - (action - noise)) ** 2)
     policy_action = state.actor.apply_fn(params, batch.obs, sample_key, method="sample")
-    q = q_value(args, state, state.critic.params, batch.obs, policy_action).mean()
+    q = state.critic.apply_fn(state.critic.params, batch.obs, policy_action).mean()
     return args.alpha * loss - q, {"flow_loss": loss, "actor_q": q}
 
 
@@ -192,7 +189,7 @@ def update(args, dataset, state, _):
     actor_grads, actor_metrics = gradient(actor_loss)(state.actor.params, args, state, batch, actor_key)
     critic = state.critic.apply_gradients(grads=critic_grads)
     actor = state.actor.apply_gradients(grads=actor_grads)
-    target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
+    target_critic = optax.incremental_update(state.critic.params, state.target_critic, args.tau)
     return AgentState(actor, critic, target_critic, key), critic_metrics | actor_metrics
 
 
@@ -207,7 +204,7 @@ def train(args, num_steps, dataset, states):
 @functools.partial(jax.jit, static_argnums=0)
 def act(args, states, obs, keys):
     """MaxQ actions for obs [seeds, slots, obs_dim], a key each: [seeds, slots, action_dim]."""
-    one = lambda state, obs, key: max_q(args, state, state.critic.params, obs, args.num_samples, key)[0]
+    one = lambda state, obs, key: max_q(state, obs, args.num_samples, key)
     return jax.vmap(jax.vmap(one, (None, 0, 0)))(states, obs, keys)
 
 

@@ -173,22 +173,22 @@ def update(args, dataset, state, _):
     batch = common.sample_batch(dataset, batch_key, args.batch_size)
     gradient = functools.partial(jax.grad, has_aux=True)
     critic_grads, critic_metrics = gradient(critic_loss)(state.critic.params, args, state, batch, critic_key)
+    due = (state.critic.step + 1) % args.policy_frequency == 0
+
+    def learn():
+        grads, metrics = gradient(actor_loss)(state.actor.params, args, state, batch, actor_key)
+        # so that the mean over a chunk is the mean over the updates that learn, if policy_frequency divides its length
+        return grads, {name: args.policy_frequency * value for name, value in metrics.items()}
+
+    def rest():
+        return jax.tree.map(jnp.zeros_like, state.actor.params), {"bc_loss": 0.0, "actor_q": 0.0}
+
+    actor_grads, actor_metrics = jax.lax.cond(due, learn, rest)
     critic = state.critic.apply_gradients(grads=critic_grads)
-
-    def move():
-        actor_grads, metrics = gradient(actor_loss)(state.actor.params, args, state, batch, actor_key)
-        actor = state.actor.apply_gradients(grads=actor_grads)
-        target_actor = optax.incremental_update(actor.params, state.target_actor, args.tau)
-        target_critic = optax.incremental_update(critic.params, state.target_critic, args.tau)
-        # so that the mean over a chunk is the mean over its updates that move, if policy_frequency divides its length
-        metrics = {name: args.policy_frequency * value for name, value in metrics.items()}
-        return actor, target_actor, target_critic, metrics
-
-    def stay():
-        return state.actor, state.target_actor, state.target_critic, {"bc_loss": 0.0, "actor_q": 0.0}
-
-    moves = critic.step % args.policy_frequency == 0
-    actor, target_actor, target_critic, actor_metrics = jax.lax.cond(moves, move, stay)
+    actor = state.actor.apply_gradients(grads=actor_grads)  # in between by a zero gradient, as in FQL's code
+    step = jnp.where(due, args.tau, 0)
+    target_actor = optax.incremental_update(state.actor.params, state.target_actor, step)
+    target_critic = optax.incremental_update(state.critic.params, state.target_critic, step)
     return AgentState(actor, critic, target_actor, target_critic, key), critic_metrics | actor_metrics
 
 

@@ -23,11 +23,11 @@ def random_act(obs, keys):
     return scale * jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (5,), minval=-1)))(keys)
 
 
-def play_all(act, num_seeds, num_episodes, slots, workers, task=TASK, eval_seed=0):
+def play_all(act, num_seeds, num_episodes, slots, workers, task=TASK, update=7, eval_seed=0):
     """The scores of the policies, from environments of their own."""
     environments = common.Environments(common.load_task(task), num_seeds * slots, workers)
     try:
-        return common.evaluate(act, environments, range(num_seeds), num_episodes, eval_seed)
+        return common.evaluate(act, environments, range(num_seeds), update, num_episodes, eval_seed)
     finally:
         environments.close()
 
@@ -55,7 +55,8 @@ def test_the_numbers_do_not_depend_on_the_workers():
 
 
 @pytest.mark.parametrize("task", [TASK, "antmaze-large-navigate"])
-def test_episodes_start_alike_for_every_policy_and_seed(task):
+def test_episodes_start_alike_for_every_policy(task):
+    """They differ by the training seed, the update, the episode and eval_seed, and by nothing else."""
     dims = {TASK: 5, "antmaze-large-navigate": 8}[task]
     still = lambda obs, keys: np.zeros((*obs.shape[:2], dims), np.float32)
     broken = lambda obs, keys: np.full((*obs.shape[:2], dims), np.nan, np.float32)  # its episodes end at once
@@ -65,17 +66,17 @@ def test_episodes_start_alike_for_every_policy_and_seed(task):
         starts = [obs for obs, _ in seen[: 1 if act is still else 2]]
         first[act] = np.stack(starts)
     np.testing.assert_array_equal(first[still][0], first[broken][0])
-    np.testing.assert_array_equal(first[broken][:, 0], first[broken][:, 1])  # the seeds' episodes start alike
-    assert len(np.unique(first[broken][:, 0].reshape(4, -1), axis=0)) == 4  # the episodes differ
+    assert len(np.unique(first[broken].reshape(8, -1), axis=0)) == 8  # two seeds of four episodes
     assert np.isnan(scores).all()
-    _, seen = observations_of(1, 1, 1, workers=1, act=broken, task=task, eval_seed=1)
-    assert (seen[0][0][0, 0] != first[broken][0, 0, 0]).any()
+    for changes in ({"eval_seed": 1}, {"update": 8}):
+        _, seen = observations_of(1, 1, 1, workers=1, act=broken, task=task, **changes)
+        assert (seen[0][0][0, 0] != first[broken][0, 0, 0]).any()
 
 
 def test_every_episode_is_played_once_and_scored_by_its_own_environment(monkeypatch):
     """Three slots play eleven episodes of unequal length; the score of episode i is that of its seed. No slot waits
     while there is an episode to play."""
-    starts = [int(np.random.SeedSequence((0, i)).generate_state(1)[0]) for i in range(11)]
+    starts = [int(np.random.SeedSequence((0, 5, 70, i)).generate_state(1)[0]) for i in range(11)]
 
     class Fake:
         num_slots, started, left = 3, [], {}
@@ -93,7 +94,7 @@ def test_every_episode_is_played_once_and_scored_by_its_own_environment(monkeypa
             return answers
 
     fake, calls = Fake(), []
-    scores = common.evaluate(lambda obs, keys: calls.append(0) or np.zeros((1, 3, 2)), fake, [5], 11)
+    scores = common.evaluate(lambda obs, keys: calls.append(0) or np.zeros((1, 3, 2)), fake, [5], 70, 11)
     assert fake.started == starts
     np.testing.assert_array_equal(scores[0], [start % 97 for start in starts])
     busy_until = [0, 0, 0]
@@ -114,14 +115,19 @@ def test_about_16_episodes_are_played_at_a_time(num_seeds, num_episodes):
     assert slots * num_seeds >= min(12, num_seeds * num_episodes)
 
 
-def test_keys_are_made_of_seed_episode_and_step():
-    episode, step = np.array([[0, 1], [0, 1]]), np.array([[0, 0], [0, 5]])
-    keys = np.asarray(common.episode_keys(0, episode, step))
-    fold = lambda *path: np.asarray(
-        jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(path[0]), path[1]), path[2])
-    )
-    np.testing.assert_array_equal(keys, [[fold(0, 0, 0), fold(0, 1, 0)], [fold(0, 0, 0), fold(0, 1, 5)]])
-    assert (keys != np.asarray(common.episode_keys(1, episode, step))).any(-1).all()
+def test_a_policys_noise_does_not_depend_on_the_episodes_before():
+    """In one slot or in two, episode 1 draws by the same keys: its steps are counted from 0."""
+    _, alone = observations_of(1, 2, 1, workers=1)
+    _, beside = observations_of(1, 2, 2, workers=1)
+    second = [keys[0, 0] for _, keys in alone[-len(beside) :]]
+    np.testing.assert_array_equal(second[:150], [keys[0, 1] for _, keys in beside[:150]])
+
+
+def test_keys_are_made_of_the_episodes_seed_and_step():
+    seed, step = np.array([[8, 9], [8, 2**32 - 1]], np.uint32), np.array([[0, 0], [0, 5]])
+    keys = np.asarray(common.episode_keys(seed, step))
+    fold = lambda seed, step: np.asarray(jax.random.fold_in(jax.random.PRNGKey(seed), step))
+    np.testing.assert_array_equal(keys, [[fold(8, 0), fold(9, 0)], [fold(8, 0), fold(2**32 - 1, 5)]])
 
 
 def test_a_solved_episode_scores_100():
@@ -175,14 +181,14 @@ FAULTS |= {"nan reward": "not finite", "nan observation": "not finite"}
 
 
 class Faulty(gymnasium.Wrapper):
-    """An environment that fails `how` in the third step of every episode that starts from `seed`."""
+    """An environment that fails `how` in the third step of every episode that starts from one of `seeds`."""
 
-    def __init__(self, env, how, seed):
+    def __init__(self, env, how, seeds):
         super().__init__(env)
-        self.how, self.faulty_seed = how, seed
+        self.how, self.faulty_seeds = how, seeds
 
     def reset(self, seed):
-        self.steps, self.faulty = 0, seed == self.faulty_seed
+        self.steps, self.faulty = 0, seed in self.faulty_seeds
         return self.env.reset(seed=seed)
 
     def step(self, action):
@@ -202,18 +208,18 @@ class Faulty(gymnasium.Wrapper):
         return obs, reward, *rest
 
 
-def play_faulty(connection, task, slots, how, seed):
+def play_faulty(connection, task, slots, how, seeds):
     """`common.play`, in a process where environments are faulty."""
     make_env = common.make_env
-    common.make_env = lambda task: Faulty(make_env(task), how, seed)
+    common.make_env = lambda task: Faulty(make_env(task), how, seeds)
     common.play(connection, task, slots)
 
 
 @pytest.mark.parametrize("how", FAULTS)
 def test_a_failing_episode_ends_the_evaluation_by_its_name(how, monkeypatch):
     """Two seeds of three slots each in two workers. Each seed's episode 1 fails, that of seed 8 first."""
-    start = int(np.random.SeedSequence((0, 1)).generate_state(1)[0])
-    monkeypatch.setattr(common, "play", functools.partial(play_faulty, how=how, seed=start))
+    starts = [int(np.random.SeedSequence((0, seed, 70, 1)).generate_state(1)[0]) for seed in (7, 8)]
+    monkeypatch.setattr(common, "play", functools.partial(play_faulty, how=how, seeds=starts))
     environments = common.Environments(common.load_task("antmaze-large-navigate"), 6, 2)
     step = environments.step
     step({slot: 1 for slot in range(6)})  # all are made: from here on each answer is quick
@@ -221,7 +227,7 @@ def test_a_failing_episode_ends_the_evaluation_by_its_name(how, monkeypatch):
     act = lambda obs, keys: np.zeros((2, 3, 8), np.float32)
     begun = time.monotonic()
     with pytest.raises(common.Error, match=f"evaluation failed in episode 1 of seed 8 .*({FAULTS[how]})"):
-        common.evaluate(act, environments, (7, 8), 5)
+        common.evaluate(act, environments, (7, 8), 70, 5)
     assert time.monotonic() - begun < 10
     assert not any(worker.is_alive() for worker in environments.workers)
 
