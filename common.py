@@ -1,52 +1,44 @@
-"""What every algorithm shares: the paper's tasks, their data, how seeds share devices, environments, and evaluation.
+"""What every algorithm shares: the tasks with the paper's values, their data, and evaluation.
 
 Nothing in here knows an algorithm.
 """
 
+import atexit
 import collections
 import collections.abc
-import concurrent.futures.process
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import http.client
-import importlib
-import json
+import importlib.util
 import math
 import multiprocessing
 import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import typing
 import urllib.request
 
 os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes that draw nothing
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run needs 2 GB of a GPU, so that several share one
 
 import filelock
 import gymnasium
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import adroit
-import generate
 
+ROOT = pathlib.Path(__file__).resolve().parent
 gymnasium.logger.min_level = gymnasium.logger.ERROR  # it would warn that OGBench's action spaces are cast to float32
-# XLA reads these when it first compiles. On a CPU, the first avoids copies of what a loop carries, the second allows
-# the widest vectors; without the third, the reshape mover changes one of two equal Q(s, a), so that both are computed.
-# A flag that the user sets is left to them. README's Speed says what they save.
-XLA_FLAGS = (
-    "--xla_cpu_copy_insertion_use_region_analysis=true",
-    "--xla_cpu_prefer_vector_width=512",
-    "--xla_disable_hlo_passes=reshape-mover",
-)
-given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in XLA_FLAGS if flag.split("=")[0] not in given), given])
 
 
 class Error(SystemExit):
@@ -56,68 +48,143 @@ class Error(SystemExit):
         super().__init__(f"error: {sentence}")
 
 
+if sys.platform == "win32":
+    raise Error("Windows has no fork, which the environments' processes need: use Linux, macOS or WSL")
+
 # ------------------------------------------------------------------------------------------------------------ tasks
-# The paper's Table 5 (delta, num_samples, alpha_critic) and what it takes from others: alpha, q_agg and discount from
-# FQL (Park et al., 2025c); ReBRAC's coefficients on Adroit from CORL; and, not all checked against their source again,
-# those on OGBench and the temperature of AWR from FQL.
-TABLE = """
-                              iql:      ql:                          all:                  awr:   rebrac:
-                              delta  n  delta   n  alpha_critic  alpha q_agg discount   alpha   actor, critic  bptt:
-antmaze-large-navigate        0.1    4  0.03    4  0.01             10   min    0.99       10   0.003   0.01       100
-humanoidmaze-medium-navigate  0.1   32  0.1    32  0.01             30  mean   0.995       10   0.01    0.01       300
-humanoidmaze-large-navigate   0.03   8  0.03   16  0.001            30  mean   0.995       10   0.01    0.01      1000
-antsoccer-arena-navigate      0.1   16  0.1    16  0.1              10  mean   0.995        1   0.01    0.01       100
-cube-single-play              0.03  32  0.03    2  0.01            300  mean    0.99        1   1       0     10000
-cube-double-play              0.1   16  0.03    4  0.1             300  mean    0.99      0.3   0.1     0      3000
-scene-play                    0.1   32  0.1     4  0.01            300  mean    0.99       10   0.1     0.01      3000
-puzzle-3x3-play               0.03   4  0.03    2  0.01           1000  mean    0.99       10   0.3     0.01     33333
-puzzle-4x4-play               0.03  64  0.03    4  0.01           1000  mean    0.99        3   0.3     0.01     33333
-pen-human-v1                  0.001  8  0.0003  4  0.5           10000   min    0.99      0.5   0.1     0.5     10000
-pen-cloned-v1                 0.001 16  0.0003 32  0.5           10000   min    0.99      0.5   0.05    0.5     10000
-pen-expert-v1                 0.001 64  0.0003 32  0.01           3000   min    0.99      0.5   0.01    0.01      3000
-door-expert-v1                0.003  2  0.003  16  0.01          30000   min    0.99      0.5   0.05    0.01     30000
-hammer-expert-v1              0.003  2  0.003   4  0.01          30000   min    0.99      0.5   0.01    0.01     30000
-relocate-expert-v1            0.003  2  0.0003  4  0.01          30000   min    0.99      0.5   0.05    0.01     30000
-"""
-COLUMNS = [
-    *("iql.delta", "iql.num_samples", "ql.delta", "ql.num_samples", "ql.alpha_critic", "alpha", "q_agg", "discount"),
-    *("awr.alpha", "rebrac.alpha_actor", "rebrac.alpha_critic", "bptt.alpha"),
-]
-PAPER = {  # {task: {column: value}}
-    name: dict(zip(COLUMNS, (value if value in ("min", "mean") else json.loads(value) for value in values)))
-    for name, *values in (line.split() for line in TABLE.strip("\n").splitlines()[2:])
+# The paper's Table 5 (delta, num_samples and alpha_critic of its IQL-based and Q-learning-based algorithms), and what
+# its other columns were run with: FQL's own alpha, q_agg and discount (Park et al., 2025c); MFQL-BPTT's alpha, which is
+# FQL's over the IQL delta; the temperature of AWR; ReBRAC's coefficients. docs/algorithms.md says where each is from.
+# fmt: off
+COLUMNS = ("iql_delta", "iql_num_samples", "ql_delta", "ql_num_samples", "alpha_critic", "alpha", "q_agg", "discount",
+           "bptt_alpha", "awr_alpha", "rebrac_alpha_actor", "rebrac_alpha_critic")
+TABLE = {
+    #                                IQL:     n    QL:   n            FQL:                    BPTT:  AWR:  ReBRAC:
+    #                                delta       delta       a_critic alpha  q_agg  discount  alpha  alpha  actor critic
+    "antmaze-large-navigate":       (  0.1,   4,   0.03,   4,  0.01,     10, "min",  0.99,     100,  10,  0.003, 0.01),
+    "humanoidmaze-medium-navigate": (  0.1,  32,    0.1,  32,  0.01,     30, "mean", 0.995,    300,  10,  0.01,  0.01),
+    "humanoidmaze-large-navigate":  ( 0.03,   8,   0.03,  16,  0.001,    30, "mean", 0.995,   1000,  10,  0.01,  0.01),
+    "antsoccer-arena-navigate":     (  0.1,  16,    0.1,  16,  0.1,      10, "mean", 0.995,    100,   1,  0.01,  0.01),
+    "cube-single-play":             ( 0.03,  32,   0.03,   2,  0.01,    300, "mean", 0.99,   10000,   1,  1,     0),
+    "cube-double-play":             (  0.1,  16,   0.03,   4,  0.1,     300, "mean", 0.99,    3000, 0.3,  0.1,   0),
+    "scene-play":                   (  0.1,  32,    0.1,   4,  0.01,    300, "mean", 0.99,    3000,  10,  0.1,   0.01),
+    "puzzle-3x3-play":              ( 0.03,   4,   0.03,   2,  0.01,   1000, "mean", 0.99,   33333,  10,  0.3,   0.01),
+    "puzzle-4x4-play":              ( 0.03,  64,   0.03,   4,  0.01,   1000, "mean", 0.99,   33333,   3,  0.3,   0.01),
+    "pen-human-v1":                 (0.001,   8, 0.0003,   4,  0.5,   10000, "min",  0.99,   10000, 0.5,  0.1,   0.5),
+    "pen-cloned-v1":                (0.001,  16, 0.0003,  32,  0.5,   10000, "min",  0.99,   10000, 0.5,  0.05,  0.5),
+    "pen-expert-v1":                (0.001,  64, 0.0003,  32,  0.01,   3000, "min",  0.99,    3000, 0.5,  0.01,  0.01),
+    "door-expert-v1":               (0.003,   2,  0.003,  16,  0.01,  30000, "min",  0.99,   30000, 0.5,  0.05,  0.01),
+    "hammer-expert-v1":             (0.003,   2,  0.003,   4,  0.01,  30000, "min",  0.99,   30000, 0.5,  0.01,  0.01),
+    "relocate-expert-v1":           (0.003,   2, 0.0003,   4,  0.01,  30000, "min",  0.99,   30000, 0.5,  0.05,  0.01),
 }
-# The kinds of datasets of OGBench, by a part of the environment's name.
-KINDS = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch"), "": ("play", "noisy")}
-RANGES = {  # of the numbers that a flag takes
-    **dict.fromkeys(("batch_size", "num_updates", "run_updates", "num_transitions", "policy_frequency"), (1, 10**8)),
-    **dict.fromkeys(("eval_episodes", "num_workers", "generate_episodes", "num_samples", "num_seeds"), (1, 10**6)),
-    **dict.fromkeys(("turns", "fql_eval_episodes", "jobs", "gpus", "cpus"), (1, 10**5)),
-    "hours": (1 / 60, 10**5),
-    **dict.fromkeys(("num_target_samples", "flow_steps"), (1, 1000)),  # each makes the program longer, or much wider
-    **dict.fromkeys(("alpha", "alpha_actor", "alpha_critic", "delta", "policy_noise", "noise_clip"), (0, 1e9)),
-    **dict.fromkeys(("discount", "tau", "expectile", "learning_rate"), (0, 1)),
-    "eval_seed": (0, 2**32 - 1),
-}
+# fmt: on
+PAPER = {task: dict(zip(COLUMNS, row, strict=True)) for task, row in TABLE.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A dataset, and the environment that scores what was learned from it."""
+    """What is learned from, and the environment that scores it. This is the user's own: any gymnasium environment.
 
-    name: str  # as the paper prints it ("scene-play", "pen-human-v1"), or OGBench's id
-    env_id: str  # "scene-singletask-v0", or the Adroit hand: "pen"
-    dataset: str  # "scene-play-v0"
-    num_updates: int = 1_000_000  # the paper's number of gradient steps
+    Its file is an .npz of rows: observations, actions, rewards, masks (1 - terminal) and terminals (1 in the last row
+    of each episode, from which no transition starts).
+    """
+
+    name: str  # as --env-name gives it
+    env_id: str  # of its environment, in gymnasium or adroit.py
+    file: str = ""  # name of the published data
+    paper: dict = dataclasses.field(default_factory=dict)  # its row of PAPER
+
+    num_updates = None  # the paper's number of gradient steps
+    unit = "return"  # of a score
+    scored_from = 1.0  # a run's score is the mean of its evaluations from this part of it on
+    keys = ("rewards", "masks")  # of the file, besides observations, actions and terminals
+
+    def make_env(self, **kwargs) -> gymnasium.Env:
+        """The environment whose episodes are the score; actions in [-1, 1]."""
+        return gymnasium.wrappers.RescaleAction(gymnasium.make(self.env_id, **kwargs), -1.0, 1.0)
+
+    def score(self, episode_return: float, info: dict) -> float:
+        """An episode's score, of its return and its last step's info."""
+        return episode_return
+
+    def load(self, path: pathlib.Path) -> "Dataset":
+        """The transitions of a file as numpy arrays. Raises ValueError, naming the file, if it is not whole."""
+        raw, space = read_npz(path, self), self.make_env().unwrapped.action_space
+        raw["actions"] = 2 * (raw["actions"] - space.low) / (space.high - space.low) - 1
+        return to_transitions(raw)
+
+
+class OGBench(Task):
+    """One of OGBench's single tasks, scored by success, on data that it relabels with the task's rewards and masks."""
+
+    num_updates, unit, scored_from, keys = 1_000_000, "% success", 0.8, ("qpos",)
 
     @property
-    def adroit(self) -> bool:
-        """Whether it is one of D4RL's: scored by the normalized return after the last update, not by success in %."""
-        return self.env_id in adroit.HANDS
+    def folder(self) -> pathlib.Path:
+        """Where its published data are kept."""
+        return home_folder("OGBENCH_DATASET_DIR", "~/.ogbench/data")
+
+    @property
+    def url(self) -> str:
+        """Where its published data can be had."""
+        import ogbench.utils
+
+        return f"{ogbench.utils.DATASET_URL}/{self.file}"
+
+    def make_env(self, **kwargs) -> gymnasium.Env:
+        """OGBench 1.2 judges success at s; the paper's version judged s', so that is asked for."""
+        import ogbench  # noqa: F401 (registers its environments)
+
+        return gymnasium.make(self.env_id, success_timing="post", disable_env_checker=True, **kwargs)
+
+    def score(self, episode_return: float, info: dict) -> float:
+        return 100.0 * info["success"]
+
+    def load(self, path: pathlib.Path) -> "Dataset":
+        from ogbench.relabel_utils import relabel_dataset
+
+        raw = read_npz(path, self)
+        env = self.make_env()
+        env.reset()
+        relabel_dataset(self.env_id, env, raw)
+        return to_transitions(raw)
 
 
-def load_task(name: str) -> Task:
-    """The task called `name`: one of the paper's, another Adroit dataset, or any OGBench `*-singletask*-v0` id.
+class D4RL(Task):
+    """One of D4RL's Adroit hands, scored by its normalized return."""
+
+    num_updates, unit, scored_from = 500_000, "normalized return", 1.0
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return home_folder("D4RL_DATASET_DIR", "~/.d4rl/datasets")
+
+    @property
+    def url(self) -> str:
+        return f"{adroit.DATASET_URL}/{self.file}"
+
+    def make_env(self, **kwargs) -> gymnasium.Env:
+        return adroit.make_env(self.env_id, **kwargs)
+
+    def score(self, episode_return: float, info: dict) -> float:
+        return adroit.normalized_score(self.env_id, episode_return)
+
+    def load(self, path: pathlib.Path) -> "Dataset":
+        data = adroit.load_transitions(path, self.env_id)
+        return Dataset(**data | {key: clip_action(data[key]) for key in ("action", "next_action")})
+
+
+def home_folder(variable: str, default: str) -> pathlib.Path:
+    """The folder that an environment variable names, or the default. Raises Error if there is no home for that."""
+    try:
+        return pathlib.Path(os.environ.get(variable) or default).expanduser()
+    except RuntimeError:
+        raise Error(f"there is no home folder for {default}: set HOME or {variable}")
+
+
+def load_task(name: str, dataset_path: str | None = None) -> Task:
+    """The task called `name`: one of the paper's, an OGBench `*-singletask*-v0` id, an Adroit dataset, or, with a
+    `dataset_path`, any gymnasium id.
 
     Raises Error if there is none, or if the installed MuJoCo simulates it differently.
     """
@@ -127,57 +194,57 @@ def load_task(name: str) -> Task:
                 print(f"warning: {warning}", file=sys.stderr)
         except ValueError as error:
             raise Error(str(error))
-        return Task(name, adroit.TASKS[name], name, 500_000)
+        return D4RL(name, adroit.TASKS[name], f"{name}.hdf5", PAPER.get(name, {}))
     try:
         import ogbench  # noqa: F401 (registers its environments)
     except ImportError as error:
         raise Error(f"OGBench cannot be imported ({error}): use Python 3.11 or 3.12, and requirements.txt installs it")
-    if name in PAPER:
-        return Task(name, f"{name.rpartition('-')[0]}-singletask-v0", f"{name}-v0")
     if "visual" in name or "powderworld" in name:
         raise Error(f"{name} is seen in pixels, and these networks take states: choose a task without 'visual'")
-    found = re.fullmatch(r"([\w-]+)-(\w+)-singletask(-task\d)?-v0", name)
-    if found and found[2] in next(kinds for part, kinds in KINDS.items() if part in found[1]):
-        env_id = f"{found[1]}-singletask{found[3] or ''}-v0"
-        if env_id in gymnasium.registry:
-            return Task(name, env_id, f"{found[1]}-{found[2]}-v0")
+    if name in PAPER:
+        return OGBench(name, f"{name.rpartition('-')[0]}-singletask-v0", f"{name}-v0.npz", PAPER[name])
+    found = re.fullmatch(r"([\w-]+)-(navigate|stitch|explore|play|noisy)-singletask(-task\d)?-v0", name)
+    if found and (env_id := f"{found[1]}-singletask{found[3] or ''}-v0") in gymnasium.registry:
+        return OGBench(name, env_id, f"{found[1]}-{found[2]}-v0.npz", PAPER.get(f"{found[1]}-{found[2]}", {}))
+    if dataset_path is not None and (name in gymnasium.registry or ":" in name):  # module:id imports the module first
+        try:
+            env = gymnasium.make(name)
+        except Exception as error:  # of the user's code, too
+            raise Error(f"{name} cannot be made ({error}): mend that, or give another --env-name")
+        if not all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and space.is_bounded("both") | free
+                   for space, free in ((env.observation_space, True), (env.action_space, False))):  # fmt: skip
+            raise Error(f"{name} has observations {env.observation_space} and actions {env.action_space}: "
+                        f"both must be vectors (Box), and actions bounded")  # fmt: skip
+        return Task(name, name)
+    goal = re.fullmatch(r"([\w-]+?)(-(navigate|stitch|explore|play|noisy))?(-oraclerep)?-v0", name)
+    if goal and f"{goal[1]}-singletask-v0" in gymnasium.registry:
+        remedy = "OGBench's goal-conditioned ids are not here, its single tasks are"
+    elif re.fullmatch(r"(halfcheetah|hopper|walker2d|ant|antmaze|maze2d|kitchen)-.*v\d", name):
+        remedy = "of D4RL, only Adroit's hands are here"
+    elif name in gymnasium.registry:
+        remedy = "an environment of your own needs --dataset-path"
+    else:
+        remedy = "none has that name"
     ids = [f"{task}-singletask{i}-v0" for task in PAPER if task not in adroit.TASKS for i in ("", "-task1", "-task2")]
     near = difflib.get_close_matches(name, dict.fromkeys([*PAPER, *adroit.TASKS, *ids]), 3, 0.5)
-    raise Error(f"there is no task {name!r}: try {', '.join(near or PAPER)}")
+    raise Error(f"there is no task {name!r} ({remedy}): try {', '.join(near or PAPER)}")
 
 
-def check_ranges(args):
-    """Raises Error if a flag's number, or one of its numbers, lies outside of RANGES."""
-    for flag, (low, high) in RANGES.items():
-        value = getattr(args, flag, None)
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        if wrong := [value for value in values if not low <= value <= high]:  # a NaN is in no range
-            raise Error(f"--{flag.replace('_', '-')} {wrong[0]} is impossible: it lies in [{low}, {high}]")
-
-
-def resolve(args, task: Task, columns: tuple[str, ...]):
-    """`args` with each None that the paper has a value for replaced by it: of flag x, the first of PAPER's `<column>.x`
-    and `x`.
+def resolve(args, task: Task, paper: dict[str, str]):
+    """`args` with the paper's values for `task` in place of None: `paper` is {flag: its column of PAPER}.
 
     Raises Error if the paper has no value for a flag that needs one, or if a value is impossible.
     """
-    row = PAPER.get(task.dataset.removesuffix("-v0"), dict.fromkeys(COLUMNS))  # all tasks of a dataset share it
-    paper = {"num_updates": task.num_updates} | row
-    for column in reversed(columns):  # so that the first has the last word
-        paper |= {name.removeprefix(f"{column}."): row[name] for name in row if name.startswith(f"{column}.")}
-    values = {flag: paper[flag] for flag, value in vars(args).items() if value is None and flag in paper}
+    values = {"num_updates": task.num_updates} | {flag: task.paper.get(column) for flag, column in paper.items()}
+    values = {flag: value for flag, value in values.items() if getattr(args, flag) is None}
     if missing := [f"--{flag.replace('_', '-')}" for flag, value in values.items() if value is None]:
         raise Error(f"the paper has no values for {task.name}: give {' '.join(missing)}")
     args = dataclasses.replace(args, **values)
-    check_ranges(args)
-    if not args.hidden_dims or not 1 <= min(args.hidden_dims) <= max(args.hidden_dims) <= 2**16:
-        raise Error(f"--hidden-dims {args.hidden_dims} is impossible: give each hidden layer a width in [1, 2^16]")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**32:
-        raise Error(f"--seeds {args.seeds} is impossible: give one or more different numbers in [0, 2^32)")
+    check_numbers(args)
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not args.hidden_dims:
+        raise Error("--seeds takes one or more different numbers, and --hidden-dims one or more widths")
     if args.num_updates % 10:
-        raise Error(
-            f"--num-updates {args.num_updates} is impossible: each tenth is evaluated, so give a multiple of 10"
-        )
+        raise Error(f"--num-updates {args.num_updates} is impossible: each tenth is evaluated: give a multiple of 10")
     if args.dataset_path is not None and args.generate_episodes:
         raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")
     if args.dataset_path is not None:  # a run is resumed from any folder
@@ -185,9 +252,26 @@ def resolve(args, task: Task, columns: tuple[str, ...]):
     return args
 
 
-def first_scored(task_name: str, num_updates: int) -> int:
-    """The first update whose evaluation counts for the score: on D4RL the last, on OGBench that at 80 % of the run."""
-    return num_updates if task_name in adroit.TASKS else num_updates * 8 // 10
+def check_numbers(args):
+    """Raises Error if a number in the dataclass `args` is impossible: counts are at least 1, weights at least 0."""
+    weights, fractions = ("alpha", "delta", "policy_noise", "noise_clip"), ("discount", "tau", "expectile", "learning")
+    for flag, value in vars(args).items():
+        low, high = 1, 10**9
+        if flag in ("seeds", "eval_seed"):
+            low, high = 0, 2**32 - 1
+        elif flag.startswith(weights + fractions):
+            low, high = 0, 1 if flag.startswith(fractions) else 10**9
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float) and not low <= number <= high:  # a NaN is in no range
+                raise Error(f"--{flag.replace('_', '-')} {number} is impossible: it lies in [{low}, {high}]")
+
+
+def load_algo(name: str):
+    """The module of algos/<name>.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -209,66 +293,85 @@ def sample_batch(dataset: Dataset, key: jax.Array, batch_size: int) -> Dataset:
 
 
 def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes: int | None = None):
-    """The Dataset of `task`, on the default device, and where it is from: a dict of path, source, sha256 and
-    transitions.
+    """The Dataset of `task`, as numpy arrays, and where it is from: a dict of path, source, sha256 and transitions.
 
-    It is read from `dataset_path`; or made of `generate_episodes` episodes, generated once and kept; or the published
-    one, downloaded once and kept. The first load leaves the file's sha256 beside it, in <file>.sha256, and later ones
-    compare: HDF5 has no checksums of its own. Raises Error if it cannot be had, is damaged or is another task's.
+    It is read from `dataset_path`, a file or a folder with the published one; or made of `generate_episodes` episodes,
+    generated once and kept; or the published one, downloaded once and kept. The first load leaves the file's sha256
+    beside it, in <file>.sha256, and later ones compare: HDF5 has no checksums of its own. Raises Error if the file
+    cannot be had, is damaged or is another task's.
     """
-    folder = pathlib.Path("~/.d4rl/datasets" if task.adroit else "~/.ogbench/data").expanduser()
     if dataset_path is not None:
         source, path, make = "given", pathlib.Path(dataset_path), None
+        path = path / task.file if path.is_dir() else path
     elif generate_episodes:
-        if not generate.can_generate(task.dataset):
-            raise Error(f"{task.dataset} cannot be generated (only the play sets of cube, scene and puzzle can): "
+        if not can_generate(task.file):
+            raise Error(f"{task.name} cannot be generated (only the play sets of cube, scene and puzzle can): "
                         f"leave --generate-episodes out, and the published data are downloaded")  # fmt: skip
-        source, path = "generated", folder / f"{task.dataset}-generated{generate_episodes}.npz"
-        make = lambda: generate.generate(task.dataset, generate_episodes, path)
+        stem = task.file.removesuffix(".npz")
+        source, path = "generated", task.folder / f"{stem}-generated{generate_episodes}.npz"
+        make = lambda: generate(stem, generate_episodes, path)
     else:
-        base = adroit.DATASET_URL if task.adroit else importlib.import_module("ogbench.utils").DATASET_URL
-        source, path = "published", folder / (task.dataset + (".hdf5" if task.adroit else ".npz"))
-        make = lambda: download(f"{base}/{path.name}", path)
-    record, lock = pathlib.Path(f"{path}.sha256"), pathlib.Path(f"{path}.lock")
-    if make and not path.exists():
-        try:
+        source, path, make = "published", task.folder / task.file, lambda: download(task.url, path)
+    record = path.with_name(f"{path.name}.sha256")
+    try:
+        if make and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(lock):  # of several first runs, one makes the file and the others wait
+            held = lock(path.with_name(f"{path.name}.lock"), wait=True)  # of several first runs, one makes the file
+            try:
                 if not path.exists():
                     record.unlink(missing_ok=True)  # of a file that was deleted
                     make()
-            lock.unlink(missing_ok=True)  # whoever still waits for it finds the file made
-        except OSError as error:
-            raise Error(f"cannot write {path} ({error.strerror or error}): "
-                        f"make room there, or give a file by --dataset-path")  # fmt: skip
-        except concurrent.futures.process.BrokenProcessPool:
-            raise Error(f"cannot generate {path}: a process died, perhaps of too little memory: start again")
-    if not os.path.isfile(path):
-        raise Error(f"there is no dataset at {path}: put it there, or name another file by --dataset-path")
-    try:
+            finally:
+                held.release()
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        recorded = record.read_bytes() if record.exists() else b""
+        recorded = record.read_text() if record.exists() else ""
     except OSError as error:
-        raise Error(f"cannot read {error.filename} ({error.strerror}): fix that, or name another file")
-    if not recorded.endswith(b"\n"):  # none, or cut short
-        recorded = b""
-    if recorded and recorded[:64] != sha256.encode():
-        raise Error(f"{path} is damaged: its sha256 is not the one of its first load, in {record.name}: "
-                    f"restore the file, or, if you changed it, delete {record}")  # fmt: skip
+        where = "" if make is None else ", or data in another folder by OGBENCH_DATASET_DIR or D4RL_DATASET_DIR"
+        raise Error(f"cannot read or write {error.filename or path} ({error.strerror or error}): "
+                    f"mend that, or give a file by --dataset-path{where}")  # fmt: skip
+    if recorded.endswith("\n") and recorded[:64] != sha256:  # one cut short says nothing
+        raise Error(f"{path} is damaged, or was changed since its first load (its sha256 is not the one in "
+                    f"{record.name}): restore it; if the change was meant, remove {record}")  # fmt: skip
     try:
-        dataset = load_adroit(task, path) if task.adroit else load_ogbench(task, path)
+        dataset = task.load(path)
     except ValueError as error:
-        remedy = "delete it, and it is made or downloaded anew" if make else "name another file by --dataset-path"
+        remedy = "move it away, and it is made or downloaded anew" if make else "name another file by --dataset-path"
         raise Error(f"{error}: {remedy}")
-    if not recorded:
+    if not recorded.endswith("\n"):
         try:
-            record.write_bytes(os.fsencode(f"{sha256}  {path.name}\n"))  # what `sha256sum --check` reads
+            record.write_text(f"{sha256}  {path.name}\n")  # what `sha256sum --check` reads
         except OSError as error:
             print(f"warning: later damage to {path} may go unnoticed: cannot write {record.name} ({error.strerror})",
                   file=sys.stderr)  # fmt: skip
-    about = {"path": str(path), "source": source, "sha256": sha256, "transitions": len(dataset.obs)}
-    return jax.tree.map(jnp.asarray, dataset), about
+    return dataset, {"path": str(path), "source": source, "sha256": sha256, "transitions": len(dataset.obs)}
+
+
+def lock(path: pathlib.Path, wait: bool = False) -> filelock.BaseFileLock:
+    """A lock file that this process holds from here on. Raises filelock.Timeout if another does, unless it may `wait`.
+
+    Where the file system has no locks (some NFS), nothing is held.
+    """
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        raise
+    except (OSError, NotImplementedError):
+        pass
+    return held
+
+
+def can_generate(file: str) -> bool:
+    """Whether a published file can be made here: mazes need walkers that were trained, "noisy" is not made."""
+    return re.fullmatch(r"(cube|scene|puzzle)\b.*-play-v0\.npz", file) is not None
+
+
+def generate(dataset: str, num_episodes: int, path: pathlib.Path):
+    """Makes a dataset by scripts/generate.py, which has processes of its own. Ends the program if that fails."""
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), dataset, str(num_episodes), str(path)]
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)
 
 
 def download(url: str, path: pathlib.Path):
@@ -287,59 +390,50 @@ def download(url: str, path: pathlib.Path):
         remedy = f"put the file at {path} by hand"
         if path.suffix == ".npz":
             remedy += " (a mirror: https://huggingface.co/datasets/zhouzypaul/ogbench_datasets)"
-        if generate.can_generate(path.stem):
+        if can_generate(path.name):
             remedy += ", or make data here by --generate-episodes 1000"
         raise Error(f"cannot download {url} ({error}): {remedy}")
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_ogbench(task: Task, path: pathlib.Path) -> Dataset:
-    """The transitions of an OGBench file, relabelled by OGBench with the task's rewards and masks: numpy arrays.
-
-    The file holds, row by row, s_0, a_0, s_1, a_1, ..., s_T, a_T of each episode; the transition of row i ends in the
-    state and the action of row i + 1, and the last row of an episode starts none. Raises ValueError, naming the file,
-    if it is not whole.
-    """
-    from ogbench.relabel_utils import relabel_dataset
-
-    env = make_env(task)
-    env.reset()
-    expected = {"observations": env.observation_space.shape[0], "actions": env.action_space.shape[0], "terminals": None}
-    expected |= {"qpos": env.unwrapped.data.qpos.size}
+def read_npz(path: pathlib.Path, task: Task) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that `task` learns from. Raises ValueError, naming the file, if they are not whole."""
+    env = task.make_env()
+    widths = {"observations": env.observation_space.shape[0], "actions": env.action_space.shape[0], "terminals": None}
+    widths |= dict.fromkeys(task.keys)
+    if "qpos" in widths:
+        env.reset()
+        widths["qpos"] = env.unwrapped.data.qpos.size
     if hasattr(env.unwrapped, "_cur_button_states"):
-        expected |= {"button_states": env.unwrapped._cur_button_states.size}
+        widths["button_states"] = env.unwrapped._cur_button_states.size
     try:
         with np.load(path, allow_pickle=False) as file:
-            size = sum(member.file_size for member in file.zip.infolist())  # what zipfile reads at most
-            if size > 100 * path.stat().st_size:  # generated ones unpack to 1.5 times theirs
-                raise ValueError(f"it would unpack to {size / 1e9:,.1f} GB")
-            raw = {key: file[key] for key in expected}
+            raw = {key: file[key] for key in widths}
     except Exception as error:  # a damaged file can make its readers raise anything
-        raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({error})")
+        raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({error}; an .npz with {', '.join(widths)})")
     steps = raw["terminals"].size
-    for key, width in expected.items():
+    for key, width in widths.items():
         shape = (steps,) if width is None else (steps, width)
         if raw[key].shape != shape or raw[key].dtype.kind not in "fbiu":
             raise ValueError(f"{path} is no dataset of {task.name}: its {key} are {raw[key].dtype}"
                              f"{list(raw[key].shape)}, not numbers of shape {list(shape)}")  # fmt: skip
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(raw[key].astype(np.float32, copy=False)).all()
-        if not finite:
+        if not np.isfinite(raw[key]).all():
             raise ValueError(f"{path} is damaged: its {key} hold NaN or infinity")
     if not steps or not raw["terminals"][-1] or raw["terminals"].all():
         raise ValueError(f"{path} is damaged: its last episode does not end, or none has a transition")
-    relabel_dataset(task.env_id, env, raw)
+    return raw
+
+
+def to_transitions(raw: dict[str, np.ndarray]) -> Dataset:
+    """The transitions of rows s_0, a_0, r_0; s_1, a_1, r_1; ...; s_T, a_T, r_T of each episode.
+
+    That of row i ends in the state and the action of row i + 1, and the last row of an episode starts none.
+    """
     start = np.flatnonzero(raw["terminals"] == 0)
     obs, action = raw["observations"].astype(np.float32), clip_action(raw["actions"])
-    reward, mask = raw["rewards"], raw["masks"]
+    reward, mask = raw["rewards"].astype(np.float32), raw["masks"].astype(np.float32)
     return Dataset(obs[start], action[start], reward[start], mask[start], obs[start + 1], action[start + 1])
-
-
-def load_adroit(task: Task, path: pathlib.Path) -> Dataset:
-    """The transitions of one of D4RL's files: numpy arrays. Raises ValueError, naming the file, if it is not whole."""
-    data = adroit.load_transitions(path, task.env_id)
-    return Dataset(**data | {key: clip_action(data[key]) for key in ("action", "next_action")})
 
 
 def clip_action(action: np.ndarray) -> np.ndarray:
@@ -347,63 +441,42 @@ def clip_action(action: np.ndarray) -> np.ndarray:
     return np.clip(action.astype(np.float32), -1 + 1e-5, 1 - 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ seeds
-def seed_mesh(num_seeds: int) -> jax.sharding.Mesh:
-    """The devices that share out so many seeds evenly: as many as can."""
-    devices = next(n for n in range(jax.device_count(), 0, -1) if num_seeds % n == 0)
-    return jax.sharding.Mesh(jax.devices()[:devices], ("seed",))
-
-
-def shardings(num_seeds: int) -> tuple[jax.sharding.NamedSharding, jax.sharding.NamedSharding]:
-    """How arrays lie on the devices of `seed_mesh`: each has the states of some seeds, and all of the dataset."""
-    mesh, axes = seed_mesh(num_seeds), jax.sharding.PartitionSpec
-    everywhere = jax.sharding.NamedSharding(mesh, axes())
-    return jax.sharding.NamedSharding(mesh, axes("seed")) if mesh.size > 1 else everywhere, everywhere
+# ------------------------------------------------------------------------------------------------------------ train
+# What `train` is compiled with, to save time on a CPU (docs/speed.md). A GPU's compiler ignores the first two, and with
+# the third makes the same program, or one of a few kernels less.
+XLA_OPTIONS = {
+    "xla_cpu_copy_insertion_use_region_analysis": True,  # avoids copies of what a loop carries
+    "xla_cpu_prefer_vector_width": 512,
+    "xla_disable_hlo_passes": "reshape-mover",  # it changes one of two equal Q(s, a): both would be computed
+}
 
 
 def for_each_seed(function: collections.abc.Callable, dataset: Dataset, states):
-    """`function(dataset, state)` for each seed's state: `states` and the result are stacked along their first axis,
-    [seeds, ...], which is sharded over the devices of `seed_mesh`.
+    """`function(dataset, state)` for each seed's state: `states` and the result are stacked, [seeds, ...].
 
     A GPU takes its seeds side by side, as one batch. A CPU, which one seed keeps busy, takes them one after another:
     there a batch of one costs a third of the speed, and a batch of eight up to a quarter.
     """
-
-    def on_one_device(dataset, states):
-        each = functools.partial(function, dataset)
-        return jax.lax.map(each, states) if jax.default_backend() == "cpu" else jax.vmap(each)(states)
-
-    mesh, axes = seed_mesh(len(jax.tree.leaves(states)[0])), jax.sharding.PartitionSpec
-    specs = {"in_specs": (axes(), axes("seed")), "out_specs": axes("seed")}
-    return jax.shard_map(on_one_device, mesh=mesh, **specs, check_vma=False)(dataset, states)
+    each = functools.partial(function, dataset)
+    return jax.lax.platform_dependent(states, cpu=lambda states: jax.lax.map(each, states), default=jax.vmap(each))
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
-def make_env(task: Task, **kwargs) -> gymnasium.Env:
-    """The environment whose episodes are the task's score.
-
-    OGBench 1.2 judges success at s; the paper's version judged s', so that is asked for.
-    """
-    if task.adroit:
-        return adroit.make_env(task.env_id, **kwargs)
-    import ogbench  # noqa: F401 (registers its environments)
-
-    return gymnasium.make(task.env_id, success_timing="post", disable_env_checker=True, **kwargs)
+def usable_cores() -> int:
+    """The cores that this process may use, by its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = map(int, pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return max(1, min(cores, quota // period))
+    except (OSError, ValueError):  # no cgroup, or no quota
+        return cores
 
 
-def rendering_backend() -> str:
-    """What MUJOCO_GL must be for MuJoCo to draw here without a screen: "egl", "osmesa", or as the user has set it.
-
-    Raises Error if nothing does.
-    """
-    draw = "import mujoco; mujoco.GLContext(16, 16).make_current()"
-    chosen = os.environ["MUJOCO_GL"]
-    for backend in ("egl", "osmesa") if chosen == "disabled" else (chosen,):
-        command, environment = [sys.executable, "-c", draw], os.environ | {"MUJOCO_GL": backend}
-        if not subprocess.run(command, env=environment, capture_output=True).returncode:
-            return backend
-    raise Error(f"nothing here can draw for --capture-video{f' by MUJOCO_GL={chosen}' * (chosen != 'disabled')}: "
-                f"install OSMesa (Debian's libosmesa6), or a GPU driver with EGL")  # fmt: skip
+def slots_per_seed(num_seeds: int, num_episodes: int, num_workers: int) -> int:
+    """How many episodes of a seed are played at a time: over all seeds about two per worker and at least 16, and their
+    last round a full one."""
+    rounds = max(1, round(num_episodes * num_seeds / max(16, 2 * num_workers)))
+    return math.ceil(num_episodes / rounds)
 
 
 def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
@@ -415,16 +488,11 @@ def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
     return obs
 
 
-def episode_score(task: Task, episode_return: float, info: dict) -> float:
-    """The score of an episode by its return and its last step's info: D4RL's normalized return, or success in %."""
-    return adroit.normalized_score(task.env_id, episode_return) if task.adroit else 100.0 * info["success"]
-
-
 class Slots:
     """Environments that are stepped together, in this process."""
 
     def __init__(self, task: Task, slots: list[int], **kwargs):
-        self.task, self.envs = task, {slot: make_env(task, **kwargs) for slot in slots}
+        self.task, self.envs = task, {slot: task.make_env(**kwargs) for slot in slots}
         self.returns = dict.fromkeys(slots, 0.0)
         self.draws = {slot: np.random.MT19937() for slot in slots}  # each its own np.random, whoever its neighbours are
 
@@ -441,21 +509,29 @@ class Slots:
                 self.returns[slot] += reward
                 if not (np.isfinite(obs).all() and np.isfinite(reward)):
                     raise FloatingPointError("an observation or reward that is not finite")
-                score = episode_score(self.task, self.returns[slot], info) if terminated or truncated else None
+                score = self.task.score(self.returns[slot], info) if terminated or truncated else None
             answers[slot] = obs, score
         return answers
+
+
+def follow_parent():
+    """Makes a worker process leave signals to its parent, and end with it, however that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def play(connection, task: Task, slots: list[int]):
     """A worker process: holds the environments of `slots` and obeys, message by message (see `Slots.step`), until its
     parent is gone. It answers slot by slot; where one fails, its exception is sent in its place."""
-    generate.follow_parent()
+    follow_parent()
     try:
         environments = Slots(task, slots)
         while True:
             for slot, command in connection.recv().items():
                 connection.send(environments.step({slot: command}))
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+    except (EOFError, BrokenPipeError):
         pass
     except Exception as error:
         connection.send(error)
@@ -466,7 +542,7 @@ class SlotFailure(Exception):
 
 
 class Environments:
-    """`num_slots` environments in `num_workers` processes that live until `close`."""
+    """`num_slots` environments in `num_workers` processes that live until `close`, or as long as this process."""
 
     def __init__(self, task: Task, num_slots: int, num_workers: int):
         context = multiprocessing.get_context("forkserver")
@@ -478,13 +554,14 @@ class Environments:
             self.workers[-1].start()
             self.connections.append(connection)
             theirs.close()  # so that a dead worker reads as the end of its pipe
+        atexit.register(self.close)
 
     def step(self, commands: dict, patience: float = 300) -> dict:
         """Sends each slot its command and returns each one's (obs, score); see `Slots.step`.
 
         Raises SlotFailure if a worker fails, dies, or does not answer within `patience` seconds: the first answer takes
-        as long as making all environments, on a busy machine a minute or two. Time in which all was suspended, as on a
-        laptop that was shut, does not count, since it ends one of many short waits.
+        as long as making all environments, on a busy machine a minute or two. Time in which all was suspended does not
+        count, since it ends one of many short waits.
         """
         shares, answers = collections.defaultdict(dict), {}
         for slot, command in commands.items():
@@ -492,7 +569,8 @@ class Environments:
         try:
             for connection, share in shares.items():
                 slot = min(share)
-                connection.send(share)
+                with contextlib.suppress(BrokenPipeError):  # of a worker that failed: what it sent says why
+                    connection.send(share)
             for connection, share in shares.items():
                 for slot in share:
                     if not any(connection.poll(patience / 300) for _ in range(300)):
@@ -525,14 +603,8 @@ def episode_keys(seed: jax.Array, step: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.PRNGKey(seed), step)))(seed, step)
 
 
-def slots_per_seed(num_seeds: int, num_episodes: int) -> int:
-    """How many episodes of a seed are played at a time: about 16 over all seeds, and their last round a full one."""
-    rounds = max(1, round(num_episodes * num_seeds / 16))
-    return math.ceil(num_episodes / rounds)
-
-
 def evaluate(
-    act: collections.abc.Callable,
+    policy: collections.abc.Callable,
     environments: Environments,
     seeds: collections.abc.Sequence[int],
     update: int,
@@ -541,14 +613,14 @@ def evaluate(
 ) -> np.ndarray:
     """Plays `num_episodes` episodes with the policy of each of `seeds` after so many updates: [seeds, num_episodes].
 
-    `act(obs, keys)` gives the actions [seeds, slots, action_dim] of obs [seeds, slots, obs_dim] and a key each.
+    `policy(obs, keys)` gives the actions [seeds, slots, action_dim] of obs [seeds, slots, obs_dim] and a key each.
     A slot whose episode has ended plays the seed's next one. Episode i of a seed starts from a state, and draws noise,
     that depend on (eval_seed, seed, update, i) alone: neither on the algorithm nor on the workers. A policy whose
     action is not finite scores NaN. Raises Error, naming the episode, if it cannot be played.
     """
     num_seeds = len(seeds)
     slots = environments.num_slots // num_seeds
-    starts = [[*episode_seeds(eval_seed, seed, update, num_episodes), 0] for seed in seeds]  # and of no episode
+    starts = [[*episode_seeds(eval_seed, seed, update, num_episodes), 0] for seed in seeds]  # the last: no episode
     scores = np.full((num_seeds, num_episodes), np.nan)
     episode, step = np.tile(np.arange(slots), (num_seeds, 1)), np.zeros((num_seeds, slots), np.int32)
     waiting = [iter(range(slots, num_episodes)) for _ in seeds]
@@ -560,13 +632,13 @@ def evaluate(
         except SlotFailure as error:
             slot, reason = error.args
             seed, i = seeds[slot // slots], episode.flat[slot]
-            raise Error(f"evaluation failed in episode {i} of seed {seed} ({reason}): fix that, then resume the run")
+            raise Error(f"evaluation failed in episode {i} of seed {seed} ({reason}): mend that, then resume the run")
         if obs is None:
             obs = np.zeros((num_seeds, slots, len(answers[0][0])), np.float32)
         for slot, (slot_obs, _) in answers.items():
             obs[divmod(slot, slots)] = slot_obs
         keys = episode_keys(np.take_along_axis(np.array(starts, np.uint32), episode, axis=1), step)
-        actions = np.asarray(act(obs, keys))
+        actions = np.asarray(policy(obs, keys))
         commands = {}
         for slot in sorted(answers):  # of slots that end together, the first takes the next episode
             at, score = divmod(slot, slots), answers[slot][1]  # at: seed, slot of the seed

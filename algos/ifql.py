@@ -5,31 +5,33 @@
     actor    alpha mean (v(s, a_t, t) - (a - z))^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
     acts by  the best by min Q of num_samples policy actions
 
-Q are the two critics and Q' their targets; min Q and mean Q are over the two.
-Time runs from noise (t = 1) to data (t = 0).
+Q are two critics, Q' their targets, min and mean are over the two; t runs from noise (1) to data (0).
 """
 
 import dataclasses
 import functools
+import pathlib
+import sys
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax.training.train_state import TrainState
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this checkout, whatever else is installed
 import common
-from run import Run
+from run import Run, cli
 
-COLUMNS = ("iql",)  # of common.PAPER, which has the values of the flags that are None
+# flag: the column of the paper's values (common.PAPER) that it takes where it is None
+PAPER = {"num_samples": "iql_num_samples", "alpha": "alpha"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     env_name: str = "scene-play"
-    """task: one of the paper's 15, or any OGBench `*-singletask*-v0` id"""
+    """task: one of the paper's 15, an OGBench `*-singletask*-v0` id, or, with a dataset_path, any gymnasium id"""
     seeds: tuple[int, ...] = (111,)
     """seeds, all trained side by side in one program"""
     num_updates: int | None = None
@@ -55,19 +57,21 @@ class Args:
     eval_episodes: int = 50
     """episodes per evaluation, which comes at every tenth of the run"""
     eval_seed: int = 0
-    """what the episodes' first states and the policy's noise in them depend on"""
+    """seed of the episodes' first states and of the policy's noise in them"""
     num_workers: int | None = None
     """processes that step the environments (None: one per core)"""
     dataset_path: str | None = None
     """file to train on, in place of the published one"""
     generate_episodes: int | None = None
     """train on that many episodes made here by OGBench's own oracles, in place of the published ones"""
+    folder: str | None = None
+    """where the run is recorded (None: runs/<task>/<algorithm>/<time>)"""
     resume: str | None = None
     """folder of the run to go on with, in place of all other flags"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project_name: str = "doal"
-    """project there"""
+    """W&B project"""
     capture_video: bool = False
     """film the first seed's first episodes at the end (mp4, in the run's folder)"""
 
@@ -149,12 +153,9 @@ def init(args, obs_dim, action_dim, seed):
     critic, value = Critic(args.hidden_dims), Value(args.hidden_dims)
     actor_params = actor.init(actor_key, obs, action, t)
     critic_params, value_params = critic.init(critic_key, obs, action), value.init(value_key, obs)
+    create = lambda net, params: TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(args.learning_rate))
     return AgentState(
-        actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(args.learning_rate)),
-        critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=optax.adam(args.learning_rate)),
-        value=TrainState.create(apply_fn=value.apply, params=value_params, tx=optax.adam(args.learning_rate)),
-        target_critic=critic_params,
-        key=key,
+        create(actor, actor_params), create(critic, critic_params), create(value, value_params), critic_params, key
     )
 
 
@@ -211,7 +212,7 @@ def update(args, dataset, state, _):
     return AgentState(actor, critic, value, target_critic, key), critic_metrics | value_metrics | actor_metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=common.XLA_OPTIONS)
 def train(args, num_steps, dataset, states):
     """num_steps updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
     updates = lambda dataset, state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_steps)
@@ -228,18 +229,24 @@ def act(args, states, obs, keys):
 
 def main(args):
     """Trains all seeds, evaluates them at every tenth of the run, and prints their score by the paper's protocol."""
-    with Run(args, __file__, COLUMNS) as run:
-        args, dataset = run.args, run.dataset
-        init_seed = functools.partial(init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
-        states = run.restore(jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32)))
-        while not run.finished:
-            if run.evaluation_due:
-                run.evaluate(functools.partial(act, args), states)
-            else:
-                states, metrics = train(args, run.chunk, dataset, states)
-                run.log(metrics)
-            run.save(states)
+    run = Run(args, __file__, PAPER)
+    args, dataset = run.args, run.dataset
+    init_seed = functools.partial(init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
+    states = jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32))
+    step, evaluated, states = run.restore(states)  # evaluated: the step of the last evaluation
+    while evaluated < args.num_updates:
+        if step == evaluated + run.eval_interval:
+            policy = functools.partial(act, args, states)
+            scores = common.evaluate(policy, run.envs, args.seeds, step, args.eval_episodes, args.eval_seed)
+            evaluated = step
+            run.log_scores(step, scores)
+        else:
+            states, metrics = train(args, run.chunk, dataset, states)
+            step += run.chunk
+            run.log(step, metrics)
+            run.save(step, states)
+    run.finish()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(cli(Args))

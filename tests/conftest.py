@@ -1,12 +1,12 @@
 """What the tests share: a home folder of their own, a little real data in it, and every algorithm as a module."""
 
 import functools
-import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a GPU
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # much is compiled here, little computed
 
 import jax
@@ -15,22 +15,11 @@ import numpy as np
 import pytest
 
 import common
-import generate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASK = "cube-single-play"
 EPISODES = 4
-
-
-def load_algo(name):
-    """The module algos/<name>.py, imported as a script's text would be."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
+load_algo = functools.cache(common.load_algo)
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 PAIRS = [(name, f"d{name}") for name in ALGOS if f"d{name}" in ALGOS]
 FULLEST = [name for name in ALGOS if name not in dict(PAIRS)]  # a D- file is its baseline, bit for bit, and more
@@ -40,15 +29,13 @@ def small_args(name, **changes):
     """Arguments of an algorithm with small networks and batches, the rest as the paper has it."""
     small = {"env_name": TASK, "hidden_dims": (24, 16), "batch_size": 32}
     args = load_algo(name).Args(**(small | changes))
-    return common.resolve(args, common.load_task(args.env_name), load_algo(name).COLUMNS)
+    return common.resolve(args, common.load_task(args.env_name), load_algo(name).PAPER)
 
 
 def make_states(name, args, dataset):
-    """The states of all seeds before the first update."""
-    obs_dim, action_dim = dataset.obs.shape[-1], dataset.action.shape[-1]
-    init = functools.partial(load_algo(name).init, args, obs_dim, action_dim)
-    states = jax.jit(jax.vmap(init))(jnp.array(args.seeds, jnp.uint32))
-    return jax.device_put(states, common.shardings(len(args.seeds))[0])
+    """The states of all seeds before the first update, [seeds, ...]."""
+    init = functools.partial(load_algo(name).init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
+    return jax.jit(jax.vmap(init))(jnp.array(args.seeds, jnp.uint32))
 
 
 def assert_same(found, expected, assert_equal=np.testing.assert_array_equal):
@@ -59,29 +46,27 @@ def assert_same(found, expected, assert_equal=np.testing.assert_array_equal):
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """A home folder for the session, in place of the user's, with a few episodes generated in it."""
-    before = os.environ["HOME"]
-    home = tmp_path_factory.mktemp("home")
-    os.environ["HOME"] = str(home)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "jax")  # what several tests or scripts compile is kept
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    path = home / ".ogbench" / "data" / f"{TASK}-v0-generated{EPISODES}.npz"
-    path.parent.mkdir(parents=True)
-    generate.generate(f"{TASK}-v0", EPISODES, path)
-    yield home
-    os.environ["HOME"] = before
+    """A home folder for the session, in place of the user's; pytest's workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "home"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "jax"))  # what several tests or scripts compile is kept
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        yield home
 
 
 @pytest.fixture(scope="session")
 def data_path(home):
-    return home / ".ogbench" / "data" / f"{TASK}-v0-generated{EPISODES}.npz"
+    """A few generated episodes."""
+    return pathlib.Path(common.load_dataset(common.load_task(TASK), None, EPISODES)[1]["path"])
 
 
 @pytest.fixture(scope="session")
 def dataset(data_path):
-    return common.load_dataset(common.load_task(TASK), str(data_path))[0]
+    return jax.tree.map(jnp.asarray, common.load_dataset(common.load_task(TASK), str(data_path))[0])
 
 
 @pytest.fixture(scope="session")

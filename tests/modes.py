@@ -1,6 +1,10 @@
 """Clones of a 2-D action distribution of four modes, by each policy class; `python tests/modes.py` draws them."""
 
 import functools
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +58,6 @@ def main():
         axis.scatter(*actions.T, s=60 if np.ptp(actions, axis=0).max() < 0.01 else 3, alpha=0.5, linewidths=0)
         near = mode_shares(actions).sum()
         axis.set(title=f"{title}\n{near:.0%} near a mode", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
-    (ROOT / "docs").mkdir(exist_ok=True)
     figure.savefig(ROOT / "docs" / "modes.png", dpi=110)
 
 

@@ -1,42 +1,97 @@
-"""Data: what a transition is at an episode's end, what is refused, and how episodes are generated."""
+"""Data: what a transition is at an episode's end, what is refused, where files are kept, and how episodes are made."""
 
+import errno
+import fcntl
 import functools
+import gzip
+import hashlib
 import http.server
 import multiprocessing
 import os
+import pwd
 import shutil
 import threading
-import zipfile
 
+import generate
+import gymnasium
 import h5py
 import numpy as np
 import ogbench
 import pytest
-from conftest import EPISODES, TASK, assert_same
+from conftest import EPISODES, TASK, assert_same, load_algo
 
+import adroit
 import common
-import generate
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_environment():
-    """Each load makes an environment, which takes more than a second: here all share one."""
+def one_environment_per_task():
+    """Each load makes an environment, which takes a second: here all share one."""
+    made, make_env = {}, common.OGBench.make_env
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "make_env", functools.cache(common.make_env))
+        patch.setattr(
+            common.OGBench, "make_env", lambda task: made.get(task.name) or made.setdefault(task.name, make_env(task))
+        )
         yield
 
 
+@pytest.fixture
+def path(data_path, tmp_path):
+    """An .npz file of one short episode, as OGBench's are."""
+    raw = {key: values[:41] for key, values in np.load(data_path).items()} | {"terminals": np.arange(41) == 40}
+    np.savez_compressed(tmp_path / "data.npz", **raw)
+    return tmp_path / "data.npz"
+
+
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / ".ogbench" / "data"
+
+
 def load(path, task=TASK):
-    return common.load_dataset(common.load_task(task), str(path))
+    return common.load_dataset(common.load_task(task, str(path)), str(path))
 
 
+def clip(action):
+    return np.clip(np.float32(action), -1 + 1e-5, 1 - 1e-5)
+
+
+def random_episodes(env, num_episodes=2):
+    """Rows of random episodes under D4RL's keys: {key: [steps, ...]}."""
+    rng, space = np.random.default_rng(0), env.action_space
+    rows = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    for seed in range(num_episodes):
+        (obs, _), over = env.reset(seed=seed), False
+        while not over:
+            action = rng.uniform(space.low, space.high)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            for key, value in zip(rows, (obs, action, reward, terminated, truncated)):
+                rows[key].append(value)
+            obs, over = next_obs, terminated or truncated
+    return {key: np.array(values) for key, values in rows.items()}
+
+
+def record_hand(hand, path):
+    """Writes random episodes of one of Adroit's hands as D4RL's files are."""
+    with h5py.File(path, "w") as file:
+        for key, values in random_episodes(adroit.make_env(hand)).items():
+            file[key] = values
+
+
+def record_pendulum(path):
+    """Writes random episodes of gymnasium's pendulum as a user's own file is."""
+    rows = random_episodes(gymnasium.make("Pendulum-v1"))
+    ends = {"masks": 1.0 - rows["terminals"], "terminals": rows.pop("timeouts")}
+    np.savez(path, **rows | ends)
+
+
+# ------------------------------------------------------------------------------------------------------ transitions
 def test_transitions_follow_the_episodes(data_path, dataset):
     """The next action is the one taken at s', also in an episode's last transition, where actions[i + 1] of the
     filtered array would be another episode's first."""
     raw = dict(np.load(data_path))
-    ends = np.flatnonzero(raw["terminals"])
-    assert list(ends) == [1001 * (i + 1) - 1 for i in range(EPISODES)]
-    clip = lambda action: np.clip(action, -1 + 1e-5, 1 - 1e-5)
+    assert list(np.flatnonzero(raw["terminals"])) == [1001 * (i + 1) - 1 for i in range(EPISODES)]
     assert dataset.obs.shape == (1000 * EPISODES, 28)
     for i in (0, 1, 999, 1000, 2500, 1000 * EPISODES - 1):
         row = i + i // 1000
@@ -46,212 +101,244 @@ def test_transitions_follow_the_episodes(data_path, dataset):
         np.testing.assert_array_equal(dataset.next_action[i], clip(raw["actions"][row + 1]))
     assert (np.asarray(dataset.next_action[999]) != np.asarray(dataset.action[1000])).any()
     assert all(array.dtype == np.float32 for array in dataset)
-    assert np.abs(dataset.action).max() <= 1 - 1e-5 + 1e-8
 
 
 def test_rewards_and_masks_are_ogbenchs(data_path, dataset):
     """Those of r(s), from the library's own loader, on the same transitions."""
     _, train, _ = ogbench.make_env_and_datasets(f"{TASK}-singletask-v0", dataset_path=str(data_path))
-    for key, array in (("observations", dataset.obs), ("next_observations", dataset.next_obs)):
-        np.testing.assert_array_equal(array, train[key])
-    for key, array in (("rewards", dataset.reward), ("masks", dataset.mask)):
-        np.testing.assert_array_equal(array, train[key])
-    np.testing.assert_array_equal(dataset.action, np.clip(train["actions"], -1 + 1e-5, 1 - 1e-5))
+    for key in ("observations", "next_observations", "rewards", "masks"):
+        short = {"observations": "obs", "next_observations": "next_obs", "rewards": "reward", "masks": "mask"}[key]
+        np.testing.assert_array_equal(getattr(dataset, short), train[key])
+    np.testing.assert_array_equal(dataset.action, clip(train["actions"]))
 
 
-def test_masks_end_where_the_task_is_solved(data_path, tmp_path):
+def test_masks_end_where_the_task_is_solved(path):
     """A cube laid at the goal by hand: reward 0 and mask 0 at that state, and nowhere else."""
-    raw = dict(np.load(data_path))
-    env = common.make_env(common.load_task(TASK))
+    raw, env = dict(np.load(path)), common.load_task(TASK).make_env()
     env.reset()
     raw["qpos"][:, 14:17] = env.unwrapped._data.mocap_pos[0] + 1
     raw["qpos"][5, 14:17] = env.unwrapped._data.mocap_pos[0]
-    np.savez(tmp_path / "solved.npz", **raw)
-    dataset, about = load(tmp_path / "solved.npz")
-    assert about["source"] == "given"
+    np.savez(path, **raw)
+    dataset, _ = load(path)
     np.testing.assert_array_equal(np.flatnonzero(dataset.mask == 0), [5])
     np.testing.assert_array_equal(np.flatnonzero(dataset.reward == 0), [5])
 
 
-def rewrite(path, **changes):
-    """Writes an .npz file anew with some of its arrays changed, or left out where None."""
-    arrays = dict(np.load(path)) | changes
-    np.savez_compressed(path, **{key: values for key, values in arrays.items() if values is not None})
-
-
-def write_member(path, header, size):
-    """Writes an .npz file whose observations declare what `header` says and are `size` zeros."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("observations.npy", "w") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False} | header)
-        for _ in range(0, size, 10**6):
-            file.write(bytes(10**6))
-
-
-def damage(path, how):
-    raw = dict(np.load(path))
-    steps = len(raw["terminals"])
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif how == "bit flipped":
-        flip(path, zipfile.ZipFile(path).getinfo("actions.npy").header_offset + 5000)
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "no archive":
-        path.write_text("<html>404</html>")
-    elif how == "a lone array":
-        with open(path, "wb") as file:
-            np.save(file, raw["actions"])
-    elif how == "key missing":
-        rewrite(path, qpos=None)
-    elif how == "NaN":
-        raw["observations"][7, 3] = np.nan
-        rewrite(path, observations=raw["observations"])
-    elif how == "infinite as float32":
-        rewrite(path, actions=raw["actions"].astype(np.float64) + 1e300)
-    elif how == "pickled":
-        rewrite(path, actions=np.array([{}] * steps, object))
-    elif how == "wrong length":
-        rewrite(path, actions=raw["actions"][:-1])
-    elif how == "wrong width":
-        rewrite(path, qpos=raw["qpos"][:, :-1])
-    elif how == "no dimension":
-        rewrite(path, terminals=np.array(True))
-    elif how == "no end":
-        rewrite(path, terminals=np.zeros(steps, bool))
-    elif how == "strings":
-        rewrite(path, terminals=raw["terminals"].astype(str))
-    elif how == "complex":
-        rewrite(path, actions=raw["actions"].astype(complex))
-    elif how == "a bomb":
-        write_member(path, {"shape": (2 * 10**7,)}, 8 * 10**7)
-    elif how == "more declared than there is":
-        write_member(path, {"shape": (10**14,)}, 10**6)
-
-
-HOWS = [
-    *("truncated", "bit flipped", "empty", "no archive", "a lone array", "key missing", "NaN", "infinite as float32"),
-    *("pickled", "wrong length", "wrong width", "no dimension", "no end", "strings", "complex", "a bomb"),
-    "more declared than there is",
-]
-
-
-@pytest.mark.parametrize("how", HOWS)
-def test_a_damaged_file_is_named_and_never_trained_on(how, data_path, tmp_path):
-    """Also at its first load, when there is no sha256 to compare with."""
+def test_a_users_own_environment(tmp_path):
+    """Any gymnasium environment: its actions, here in [-2, 2], become [-1, 1], and its score is the return."""
     path = tmp_path / "data.npz"
-    shutil.copy(data_path, path)
-    damage(path, how)
-    sentence = "would unpack to 0.1 GB" if how == "a bomb" else ""
-    with pytest.raises(common.Error, match=f"{path} is .*{sentence}"):
-        load(path)
-    assert not list(tmp_path.glob("*.sha256"))  # what was refused is not recorded
+    record_pendulum(path)
+    raw, (dataset, about) = np.load(path), load(path, "Pendulum-v1")
+    assert about["source"] == "given" and dataset.obs.shape == (398, 3)
+    start = np.flatnonzero(~raw["terminals"])
+    assert np.abs(raw["actions"]).max() > 1.9
+    np.testing.assert_allclose(dataset.action, clip(raw["actions"][start] / 2), atol=1e-6)
+    np.testing.assert_allclose(dataset.next_action, clip(raw["actions"][start + 1] / 2), atol=1e-6)
+    np.testing.assert_array_equal(dataset.reward, np.float32(raw["rewards"][start]))
+    task, plain = common.load_task("Pendulum-v1", str(path)), gymnasium.make("Pendulum-v1")
+    env = task.make_env()
+    assert (env.reset(seed=1)[0] == plain.reset(seed=1)[0]).all()
+    assert env.step(np.array([0.5], np.float32))[1] == plain.step(np.array([1.0], np.float32))[1]
+    assert task.unit == "return" and task.score(-3.0, {}) == -3.0
+    algo = load_algo("dmfql")
+    with pytest.raises(common.Error, match="no values for Pendulum-v1: give --num-updates --num-samples --alpha --del"):
+        common.resolve(algo.Args(env_name="Pendulum-v1", dataset_path=str(path)), task, algo.PAPER)
 
 
-def flip(path, position, bit=0):
-    """Changes one bit of a file."""
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << bit
-    path.write_bytes(content)
+def test_an_own_environment_that_the_networks_cannot_take_is_refused():
+    for name, sentence in (
+        ("CartPole-v1", "Discrete"),
+        ("FrozenLake-v1", "Discrete"),
+        ("no_such_module:Env-v0", "no_s"),
+    ):
+        with pytest.raises(common.Error, match=f"{name}.*{sentence}"):
+            common.load_task(name, "data.npz").make_env()
 
 
-def write_pen(path):
-    """A small file as d4rl's are, of random numbers: two episodes of the pen."""
-    rng, shapes = np.random.default_rng(0), {"observations": (200, 45), "actions": (200, 24), "rewards": (200,)}
-    with h5py.File(path, "w") as file:
-        for key, shape in shapes.items():
-            file.create_dataset(key, data=rng.standard_normal(shape, np.float32), compression="gzip")
-        for key in ("terminals", "timeouts"):
-            file.create_dataset(key, data=np.arange(200) % 100 == 99 if key == "timeouts" else np.zeros(200, bool))
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("halfcheetah-medium-v2", "of D4RL, only Adroit's hands are here"),
+        ("antmaze-large-play-v2", "of D4RL, only Adroit's hands are here"),
+        ("scene-play-v0", "goal-conditioned ids are not here, .* try scene-play"),
+        ("antmaze-large-navigate-v0", "goal-conditioned ids are not here, .* try antmaze-large-navigate"),
+        ("antmaze-medium-stitch-v0", "goal-conditioned ids are not here"),
+        ("visual-scene-play-singletask-v0", "seen in pixels"),
+        ("Pendulum-v1", "an environment of your own needs --dataset-path"),
+        ("scene-pley", "there is no task 'scene-pley' .*: try scene-play"),
+    ],
+)
+def test_a_task_that_is_not_here_says_why(name, sentence):
+    with pytest.raises(common.Error, match=sentence):
+        common.load_task(name)
 
 
-@pytest.mark.parametrize("kind", ["npz", "hdf5"])
-def test_no_flipped_bit_goes_unnoticed_after_the_first_load(kind, data_path, tmp_path):
-    """HDF5 has no checksums: the sha256 that the first load left beside the file decides."""
-    path, task = tmp_path / f"data.{kind}", TASK if kind == "npz" else "pen-human-v1"
-    shutil.copy(data_path, path) if kind == "npz" else write_pen(path)
-    first, about = load(path, task)
-    assert path.with_name(f"{path.name}.sha256").read_text() == f"{about['sha256']}  {path.name}\n"
-    rng, size = np.random.default_rng(0), path.stat().st_size
-    for position, bit in zip(rng.integers(size, size=20), rng.integers(8, size=20)):
-        flip(path, position, bit)
-        with pytest.raises(common.Error, match=f"{path} is damaged: its sha256 is not the one of its first load"):
-            load(path, task)
-        flip(path, position, bit)
-    assert_same(load(path, task)[0], first)
-
-
-def test_a_sha256_cut_short_is_written_again(data_path, tmp_path):
-    path, record = tmp_path / "data.npz", tmp_path / "data.npz.sha256"
-    shutil.copy(data_path, path)
-    load(path)
-    whole = record.read_text()
-    record.write_text(whole[:20])
-    load(path)
-    assert record.read_text() == whole
-
-
-def test_an_hdf5_bomb_is_refused(tmp_path):
-    path = tmp_path / "data.hdf5"
-    with h5py.File(path, "w") as file:
-        file.create_dataset("observations", (10**12, 45), np.float32, chunks=(1000, 45))  # of zeros that nobody wrote
-    with pytest.raises(common.Error, match=f"{path} is not D4RL's pen data: .*would unpack to 180,000.0 GB"):
-        load(path, "pen-human-v1")
-
-
-def test_another_tasks_file_is_refused(data_path):
-    with pytest.raises(common.Error, match="is no dataset of cube-double-play: its observations are float32"):
-        load(data_path, "cube-double-play")
-    with pytest.raises(common.Error, match="no dataset of scene-play .'button_states"):
-        load(data_path, "scene-play")
-
-
-def test_an_episode_depends_on_its_number_alone(data_path):
-    """The same alone as after others, and as the file of another process has it, up to floating-point of the
-    machine."""
-    raw = np.load(data_path)
-    for episode in (2, 0):
-        alone = generate.collect_episode(f"{TASK}-v0", episode)
-        for key in raw.files:
-            np.testing.assert_array_equal(alone[key], raw[key][1001 * episode : 1001 * (episode + 1)])
-    assert (raw["actions"][:1001] != raw["actions"][1001:2002]).any()
-
-
-# From OGBench's own generate_manipspace.py, its env.reset and np.random seeded per episode as here: of the first
-# episode, the sums of observations 0, 40 and 80, and of the first 40 actions. (The whole arrays were the same, bit for
-# bit, for 10 + 1, 4, 20 + 2, 4 and 2 episodes of cube-single, cube-double, scene, puzzle-3x3 and puzzle-4x4.)
-OFFICIAL = {
-    "cube-single-play-v0": [3.434847, 2.19796, -5.559432, 5.372677, -19.343645, -2.897277, 9.507219, 6.491101],
-    "scene-play-v0": [2.861245, 1.180527, 0.910510, 9.312635, -7.987193, -2.154518, 33.735153, 0.439288],
-    "puzzle-3x3-play-v0": [8.604689, 10.333373, 10.629379, 7.961474, -6.527891, -0.588633, 36.228168, 3.648830],
+# ---------------------------------------------------------------------------------------------------- damaged files
+ARRAYS = {
+    "key missing": lambda raw: {key: raw[key] for key in raw if key != "qpos"},
+    "NaN": lambda raw: raw | {"observations": raw["observations"] * np.nan},
+    "pickled": lambda raw: raw | {"actions": np.array([{}] * 41, object)},
+    "strings": lambda raw: raw | {"actions": raw["actions"].astype(str)},
+    "wrong length": lambda raw: raw | {"actions": raw["actions"][1:]},
+    "wrong width": lambda raw: raw | {"qpos": raw["qpos"][:, 1:]},
+    "no end": lambda raw: raw | {"terminals": np.zeros(41, bool)},
+    "no transition": lambda raw: raw | {"terminals": np.ones(41, bool)},
+}
+BYTES = {
+    "truncated": lambda content: content[:-1000],
+    "bit flipped": lambda content: flip(content, content.find(b"actions.npy") + 200),
+    "empty": lambda content: b"",
+    "a web page": lambda content: b"<html>404</html>",
+    "gzipped": gzip.compress,
 }
 
 
-@pytest.mark.parametrize("dataset", OFFICIAL)
-def test_episodes_are_those_of_ogbenchs_own_script(dataset):
-    episode = generate.collect_episode(dataset, 0)
-    sums = [*episode["observations"][[0, 40, 80]].sum(1), *episode["actions"][:40].sum(0)]
-    np.testing.assert_allclose(sums, OFFICIAL[dataset], atol=1e-3)
+def flip(content, position):
+    """The content with one bit changed."""
+    return content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize("how", [*ARRAYS, *BYTES])
+def test_a_damaged_file_is_named_and_never_trained_on(how, path):
+    """Also at its first load, when there is no sha256 to compare with."""
+    load(path)
+    path.with_name("data.npz.sha256").unlink()
+    if how in ARRAYS:
+        np.savez_compressed(path, **ARRAYS[how](dict(np.load(path))))
+    else:
+        path.write_bytes(BYTES[how](path.read_bytes()))
+    with pytest.raises(common.Error, match=f"{path} is (damaged|no dataset of {TASK}).*: name another file"):
+        load(path)
+    assert not path.with_name("data.npz.sha256").exists()  # what was refused is not recorded
+
+
+def test_a_damaged_file_of_ones_own_and_another_tasks_file_are_refused(path, tmp_path):
+    for task, sentence in (("cube-double-play", "its observations are float32"), ("Pendulum-v1", "'rewards")):
+        with pytest.raises(common.Error, match=f"{path} is .*no dataset of {task}.*{sentence}"):
+            load(path, task)
+    record_pendulum(tmp_path / "own.npz")
+    np.savez(tmp_path / "own.npz", **dict(np.load(tmp_path / "own.npz")) | {"rewards": np.full(400, np.inf)})
+    with pytest.raises(common.Error, match="own.npz is damaged: its rewards hold NaN or infinity"):
+        load(tmp_path / "own.npz", "Pendulum-v1")
+
+
+@pytest.mark.parametrize("kind", ["npz", "hdf5"])
+def test_damage_after_the_first_load_is_noticed(kind, path, tmp_path):
+    """HDF5 has no checksums: the sha256 that the first load left beside the file decides."""
+    if kind == "hdf5":
+        path = tmp_path / "pen.hdf5"
+        record_hand("pen", path)
+    task = {"npz": TASK, "hdf5": "pen-human-v1"}[kind]
+    (first, about), record, content = load(path, task), path.with_name(f"{path.name}.sha256"), path.read_bytes()
+    assert about["sha256"] == hashlib.sha256(content).hexdigest()
+    assert record.read_text() == f"{about['sha256']}  {path.name}\n"
+    for position in np.random.default_rng(0).integers(len(content), size=5):
+        path.write_bytes(flip(content, position))
+        with pytest.raises(common.Error, match=f"{path} is damaged, or was changed .*sha256 is not the one"):
+            load(path, task)
+    path.write_bytes(content)
+    record.write_text(record.read_text()[:20])  # one that was cut short is written again
+    assert_same(load(path, task)[0], first)
+    assert record.read_text() == f"{about['sha256']}  {path.name}\n"
+
+
+# -------------------------------------------------------------------------------------------- other people's machines
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_where_there_are_no_locks_data_are_read(given, path, empty_home, monkeypatch):
+    """As on NFS without a lock daemon: a file that is given, and one that has to be made."""
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(common, "generate", lambda stem, num_episodes, target: shutil.copy(path, target))
+    _, about = load(path) if given else common.load_dataset(common.load_task(TASK), generate_episodes=3)
+    assert about["path"] == str(path if given else empty_home / f"{TASK}-v0-generated3.npz")
+
+
+def test_data_are_found_in_another_folder(path, tmp_path, monkeypatch):
+    """By OGBENCH_DATASET_DIR, as OGBench's users set it, and by a folder as --dataset-path."""
+    (tmp_path / "mine").mkdir()
+    published = path.rename(tmp_path / "mine" / f"{TASK}-v0.npz")
+    assert load(published.parent)[1] | {"source": "published"} == load(published)[1] | {"source": "published"}
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(published.parent))
+    assert common.load_dataset(common.load_task(TASK))[1]["path"] == str(published)
+
+
+def test_without_a_home_it_says_what_to_set(path, monkeypatch):
+    """As in a container of a user that has no entry in /etc/passwd."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])
+    load(path)  # needs none
+    with pytest.raises(common.Error, match="there is no home folder for ~/.ogbench/data: set HOME or OGBENCH_DATA"):
+        common.load_dataset(common.load_task(TASK))
+
+
+def test_a_read_only_folder_is_a_warning(path, monkeypatch, capsys):
+    write_text = common.pathlib.Path.write_text
+
+    def refuse(target, text):
+        if target.name.endswith(".sha256"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return write_text(target, text)
+
+    monkeypatch.setattr(common.pathlib.Path, "write_text", refuse)
+    load(path)
+    assert "warning: later damage to" in capsys.readouterr().err
+
+
+def test_a_home_that_cannot_be_written_says_what_to_set(tmp_path, monkeypatch):
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(common.Error, match="cannot read or write .*home.*or data in another folder by OGBENCH_DATASE"):
+        common.load_dataset(common.load_task(TASK))
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+@pytest.fixture
+def short_episodes(monkeypatch):
+    """Episodes that are made end after 41 steps, and are else what they were."""
+    monkeypatch.setattr(generate, "EPISODE_STEPS", 41)
+    generate.collection_env.cache_clear()
+    yield
+    generate.collection_env.cache_clear()
+
+
+def test_an_episode_depends_on_its_number_alone(data_path, short_episodes):
+    """The same alone as after others, and as the file of other processes has it."""
+    raw = np.load(data_path)
+    for episode in (2, 0):
+        alone = generate.collect_episode(f"{TASK}-v0", episode)
+        for key in ("observations", "actions", "qpos", "qvel"):
+            np.testing.assert_array_equal(alone[key], raw[key][1001 * episode :][:41])
+    assert (raw["actions"][:41] != raw["actions"][1001:][:41]).any()
+
+
+# From OGBench's own generate_manipspace.py, its env.reset and np.random seeded per episode as here: the sum of the
+# first observation, and of the first 40 actions. (There, all arrays of an episode are the same bit for bit.) Actions lead the
+# arm to where it sees itself, so that what a processor rounds otherwise changes these sums by at most 3e-4.
+OFFICIAL = {
+    "cube-single-play": (3.4348, [5.3727, -19.3436, -2.8973, 9.5072, 6.4911]),
+    "cube-double-play": (1.1885, [5.2002, -19.3097, -4.5525, 9.0798, 7.0116]),
+    "scene-play": (2.8612, [9.3126, -7.9872, -2.1545, 33.7352, 0.4393]),
+    "puzzle-3x3-play": (8.6047, [7.9615, -6.5279, -0.5886, 36.2282, 3.6489]),
+    "puzzle-4x4-play": (15.6047, [6.6442, -12.0107, -0.3864, 36.192, 4.0186]),
+}
+
+
+@pytest.mark.parametrize("task", OFFICIAL)
+def test_episodes_are_those_of_ogbenchs_own_script(task, short_episodes, tmp_path, monkeypatch):
+    episode = generate.collect_episode(f"{task}-v0", 0)
+    start, actions = OFFICIAL[task]
+    np.testing.assert_allclose(episode["observations"][0].sum(), start, atol=3e-3)
+    np.testing.assert_allclose(episode["actions"][:40].sum(0), actions, atol=3e-3)
     dtypes = {"terminals": bool, "button_states": np.int64}
     assert all(array.dtype == dtypes.get(key, np.float32) for key, array in episode.items())
-
-
-def test_fewer_episodes_are_the_first_of_more(data_path, home):
-    less = data_path.with_name("less.npz")
-    generate.generate(f"{TASK}-v0", 2, less, num_workers=1)
-    for suffix, episodes in (("", 2), ("-val", 1)):
-        found, whole = (np.load(path.with_stem(path.stem + suffix)) for path in (less, data_path))
-        for key in whole.files:
-            np.testing.assert_array_equal(found[key], whole[key][: 1001 * episodes])
-
-
-@pytest.mark.parametrize("dataset", ["scene-play-v0", "puzzle-3x3-play-v0", "cube-double-play-v0"])
-def test_the_other_tasks_are_generated(dataset, tmp_path):
-    """An episode of each kind of environment, through file and loader."""
-    episode = generate.collect_episode(dataset, 0)
     np.savez(tmp_path / "data.npz", **episode)
-    data, _ = load(tmp_path / "data.npz", dataset.removesuffix("-v0"))
-    assert len(data.obs) == 1000 and np.abs(data.action).mean() > 0.05
-    assert episode["qpos"][:, 14:].std(axis=0).max() > 0.003  # the arm moves things
+    assert load(tmp_path / "data.npz", task)[0].obs.shape == (40, episode["observations"].shape[1])
+    monkeypatch.setitem(generate.NOISE, "noise", 0.11)  # is more than the tolerance
+    other = generate.collect_episode(f"{task}-v0", 0)
+    assert np.abs(other["actions"][:40].sum(0) - actions).max() > 1e-2
 
 
 def test_scenes_that_hide_the_block_are_made_again():
@@ -260,17 +347,28 @@ def test_scenes_that_hide_the_block_are_made_again():
     for y, z, healthy in ((0.29, 0.02, False), (-0.3, 0.02, False), (-0.3, 0.07, True), (-0.29, 0.02, True)):
         qpos[4, 15:17] = y, z
         assert generate.healthy("scene-play-v0", qpos) == healthy
-    qpos[4, 15] = 1
-    assert generate.healthy("cube-single-play-v0", qpos)
+    assert generate.healthy("cube-single-play-v0", qpos + 1)
 
 
+def test_a_generation_that_fails_is_named(tmp_path, monkeypatch):
+    broken = generate.concurrent.futures.process.BrokenProcessPool
+    for error, sentence in ((OSError(errno.ENOSPC, "No space left"), "No space left.*make room"), (broken(), "died")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(generate, "generate", fail)
+        with pytest.raises(common.Error, match=f"cannot (write|make) {tmp_path}/x.npz.*{sentence}"):
+            generate.main(generate.Args(f"{TASK}-v0", 1, tmp_path / "x.npz"))
+    with pytest.raises(common.Error, match="antmaze-large-navigate cannot be generated"):
+        common.load_dataset(common.load_task("antmaze-large-navigate"), None, 3)
+
+
+# --------------------------------------------------------------------------------------------------------- download
 def load_in_child(home, url, args, queue):
     os.environ["HOME"] = home
     ogbench.utils.DATASET_URL = url
-    try:
-        queue.put(common.load_dataset(*args)[1])
-    except common.Error as error:
-        queue.put(str(error))
+    queue.put(common.load_dataset(*args)[1])
 
 
 def load_twice_at_once(url, *args):
@@ -287,76 +385,61 @@ def load_twice_at_once(url, *args):
 
 
 @pytest.fixture
-def empty_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
+def serve(path, tmp_path):
+    """Serves the short file as TASK's published one over loopback: the URL, and the paths that were asked for."""
+    servers = []
 
-
-def test_two_first_runs_generate_once(empty_home):
-    first, second = load_twice_at_once("", common.load_task(TASK), None, 1)
-    assert first == second and first["source"] == "generated" and first["transitions"] == 1000
-    left = sorted(path.name for path in (empty_home / ".ogbench/data").iterdir())
-    name = f"{TASK}-v0-generated1"
-    assert left == [f"{name}-val.npz", f"{name}.npz", f"{name}.npz.sha256"]
-
-
-class Server:
-    """Serves a folder over loopback and counts the requests."""
-
-    def __init__(self, folder, truncate=False):
-        served = self.served = []
+    def start(cut_short=False):
+        asked = []
 
         class Handler(http.server.SimpleHTTPRequestHandler):
             def do_GET(self):
-                served.append(self.path)
+                asked.append(self.path)
                 super().do_GET()
 
-            def copyfile(self, source, outputfile):
-                outputfile.write(source.read(50_000 if truncate else -1))
+            def copyfile(self, source, target):
+                target.write(source.read(1000 if cut_short else -1))
 
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(
-            ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
-        )
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        handler = functools.partial(Handler, directory=str(tmp_path / "served"))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}", asked
 
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-
-
-@pytest.fixture
-def served_folder(data_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    shutil.copy(data_path, folder / f"{TASK}-v0.npz")
-    return folder
+    (tmp_path / "served").mkdir()
+    shutil.copy(path, tmp_path / "served" / f"{TASK}-v0.npz")
+    yield start
+    for server in servers:
+        server.shutdown()
 
 
-def test_two_first_runs_download_once(empty_home, served_folder):
-    with Server(served_folder) as server:
-        first, second = load_twice_at_once(server.url, common.load_task(TASK))
-    assert first == second and first["source"] == "published" and first["transitions"] == 1000 * EPISODES
-    assert server.served == [f"/{TASK}-v0.npz"]
+@pytest.mark.slow
+def test_two_first_runs_make_a_file_once(empty_home, serve, data_path):
+    url, asked = serve()
+    first, second = load_twice_at_once(url, common.load_task(TASK))
+    assert first == second and first["source"] == "published" and asked == [f"/{TASK}-v0.npz"]
+    first, second = load_twice_at_once(url, common.load_task(TASK), None, 1)
+    assert first == second and first["source"] == "generated" and first["transitions"] == 1000
+    name = f"{TASK}-v0-generated1"
+    left = {path.name for path in empty_home.iterdir() if path.suffix != ".lock"}
+    assert left - {f"{TASK}-v0.npz", f"{TASK}-v0.npz.sha256"} == {
+        f"{name}-val.npz",
+        f"{name}.npz",
+        f"{name}.npz.sha256",
+    }
+    fewer, more = np.load(empty_home / f"{name}.npz"), np.load(data_path)
+    for key in more.files:  # fewer episodes are the first of more
+        np.testing.assert_array_equal(fewer[key], more[key][:1001])
 
 
-def test_a_download_that_breaks_off_leaves_nothing(empty_home, served_folder):
-    with Server(served_folder, truncate=True) as server:
-        for answer in load_twice_at_once(server.url, common.load_task(TASK)):
-            assert "cannot download" in answer and str(empty_home) in answer
-    assert [p.name for p in (empty_home / ".ogbench/data").iterdir() if not p.name.endswith(".lock")] == []
-
-
-def test_an_unreachable_host_is_named_with_the_remedy(empty_home, monkeypatch):
-    monkeypatch.setattr(ogbench.utils, "DATASET_URL", "http://127.0.0.1:9")
-    with pytest.raises(common.Error, match="cannot download http://127.0.0.1:9/.*by hand.*--generate-episodes"):
-        common.load_dataset(common.load_task(TASK))
+def test_a_download_that_fails_leaves_nothing_and_says_what_helps(empty_home, serve, monkeypatch):
+    for url in (serve(cut_short=True)[0], "http://127.0.0.1:9"):
+        monkeypatch.setattr(ogbench.utils, "DATASET_URL", url)
+        with pytest.raises(common.Error, match=f"cannot download {url}/.*put the file at {empty_home}.*--generate-epi"):
+            common.load_dataset(common.load_task(TASK))
     with pytest.raises(common.Error, match="cannot download") as error:
         common.load_dataset(common.load_task("antmaze-large-navigate"))
     assert "generate" not in str(error.value)
-    with pytest.raises(common.Error, match="cannot be generated"):
-        common.load_dataset(common.load_task("antmaze-large-navigate"), None, 3)
+    assert not [path for path in empty_home.iterdir() if path.suffix != ".lock"]

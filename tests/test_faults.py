@@ -1,236 +1,448 @@
-"""What goes wrong around a run: seeds that diverge, trackers that fail, flags and files that nobody would give."""
+"""What goes wrong around a run, in this process: stops, full disks, folders, other code, seeds that diverge, flags."""
 
-import csv
 import dataclasses
 import errno
+import fcntl
+import gc
+import importlib
+import json
 import os
-import re
+import pwd
+import shutil
+import signal
+import subprocess
 import sys
 import threading
-import time
 import types
 
-import flax.serialization
+import evaluate
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TASK, assert_same, load_algo, run_cli
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from test_run import record_episodes
+from conftest import ALGOS, TASK, load_algo
+from test_data import no_locks, record_pendulum
+from test_evaluation import Here
 
 import common
 import run
 
+ALGO = load_algo("dmfql")
+FILES = ("train.csv", "eval.csv", "episodes.csv", "checkpoint.msgpack")
+PENDULUM = dict(env_name="Pendulum-v1", seeds=(5, 6), num_updates=20, hidden_dims=(8,), batch_size=8, eval_episodes=2)
+PENDULUM |= dict(num_samples=2, alpha=1.0, delta=0.1, folder="run")
 
-def rows_of(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
+
+@pytest.fixture(scope="module", autouse=True)
+def short_episodes():
+    """A pendulum's episodes have five steps, which are played in this process."""
+    rescale = lambda env: gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Task, "make_env", lambda _: rescale(gymnasium.make("Pendulum-v1", max_episode_steps=5)))
+        patch.setattr(common, "Environments", Here)
+        yield
 
 
-# ------------------------------------------------------------------------------------------------------- divergence
-def play_pen(folder, monkeypatch, poisoned=None):
-    """Trains four seeds of dmfql on the pen in `folder`; after two chunks the second becomes NaN if `poisoned`. Its run
-    folder."""
-    algo, chunks = load_algo("dmfql"), []
-    train = algo.train
+@pytest.fixture(autouse=True)
+def handlers():
+    """The signals' handlers of before are put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pendulum") / "data.npz"
+    record_pendulum(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def small(data, tmp_path_factory):
+    """The folder of a small run, trained in a thread, where no signal can be caught."""
+    ended = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("small"))
+        args = ALGO.Args(dataset_path=data, **PENDULUM)
+        thread = threading.Thread(target=lambda: ended.append(ALGO.main(args)))
+        thread.start()
+        thread.join()
+        assert ended == [None]
+        return common.pathlib.Path("run").absolute()
+
+
+@pytest.fixture
+def begin(data, tmp_path, monkeypatch):
+    """Makes a Run in an empty folder, without an algorithm to train."""
+    monkeypatch.chdir(tmp_path)
+
+    def begin(**flags):
+        record = run.Run(ALGO.Args(**PENDULUM | {"dataset_path": data} | flags), ALGO.__file__, ALGO.PAPER)
+        record.restore({"weight": np.zeros(2)})
+        return record
+
+    return begin
+
+
+@pytest.fixture
+def go_on(data, small, tmp_path, monkeypatch):
+    """Checks that a run in an empty folder ends by an exception, and goes on to the end of one that was never stopped
+    when `mend` was called."""
+    count = iter(range(100))
+
+    def go_on(error, match, mend):
+        (tmp_path / str(next(count))).mkdir()
+        monkeypatch.chdir(max(tmp_path.iterdir(), key=os.path.getctime))
+        with pytest.raises(error, match=match):
+            ALGO.main(ALGO.Args(dataset_path=data, **PENDULUM))
+        mend()
+        resume("run")
+        for name in FILES:
+            assert common.pathlib.Path("run", name).read_bytes() == (small / name).read_bytes(), name
+
+    return go_on
+
+
+def copy_of(folder, tmp_path, **changes):
+    """A copy of a run's folder, with changes in its args.json."""
+    shutil.copytree(folder, tmp_path / "copy")
+    record = json.loads((folder / "args.json").read_text()) | changes
+    (tmp_path / "copy" / "args.json").write_text(json.dumps(record))
+    return tmp_path / "copy"
+
+
+def resume(folder, algo=ALGO, **flags):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a run that died has left nothing to these
+        signal.signal(number, signal.SIG_DFL)
+    gc.collect()  # nor its lock
+    algo.main(algo.Args(resume=str(folder), **flags))
+
+
+# ------------------------------------------------------------------------------------------------------------ stops
+class Killed(BaseException):
+    """Nothing handles it, like SIGKILL."""
+
+
+def test_a_run_that_dies_half_way_through_a_write_goes_on_to_the_same_end(go_on, monkeypatch):
+    for count in range(2, 32, 7):  # each of a tenth's five writes; the first of all is that of args.json
+        writes = iter(range(1, 100))
+
+        def half(path, mode="r", count=count, writes=writes):
+            file = open(path, mode)
+
+            def write(content):
+                type(file).write(file, content[: len(content) // 2])
+                raise Killed
+
+            if mode != "r" and next(writes) == count:
+                file.write = write
+            return file
+
+        monkeypatch.setattr(run, "open", half, raising=False)
+        go_on(Killed, None, lambda: monkeypatch.delattr(run, "open"))
+        assert next(writes) == count + 1
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
+    fsync, count = os.fsync, iter(range(100))
+
+    def full(file):
+        if next(count) == 4:  # args.json and three checkpoints are there
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    def mend():
+        assert os.listdir("run").count("checkpoint.msgpack.tmp") == 0
+        assert run.read_rows(common.pathlib.Path("run/train.csv"))[-1]["step"] == "8"
+
+    monkeypatch.setattr(os, "fsync", full)
+    go_on(common.Error, "cannot write run/checkpoint.msgpack .No space left on device.: mend that, then resume", mend)
+    with pytest.raises(common.Error, match="cannot write /dev/full .No space left on device"):
+        run.append_rows(common.pathlib.Path("/dev/full"), [{"step": 1}])
+
+
+@pytest.mark.parametrize("where", ["step", "train"])
+def test_a_run_that_was_stopped_goes_on_in_the_same_process(where, go_on, handlers, monkeypatch, capsys):
+    """As in a notebook whose kernel is interrupted: nothing is left held."""
+    owner, count = {"step": Here, "train": ALGO}[where], iter(range(1000))
+    call = getattr(owner, where)
+
+    def interrupted(*args):
+        if next(count) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(*args)
+
+    def mend():
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
+        assert "go on by: python " in capsys.readouterr().out
+
+    monkeypatch.setattr(owner, where, interrupted)
+    go_on(SystemExit, "130", mend)
+
+
+def test_a_run_that_shall_outlive_its_terminal_does(begin):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup does this
+    begin()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+def test_a_folder_is_one_runs_alone(begin, monkeypatch):
+    monkeypatch.setattr(run.time, "strftime", lambda _: "now")
+    first, second = begin(folder=None), begin(folder=None)  # in the same second
+    assert first.folder != second.folder and first.folder.parent == second.folder.parent
+    record = begin(folder="my run")
+    with pytest.raises(common.Error, match="my run is there already: go on by --resume 'my run', or give another --fo"):
+        begin(folder="my run")
+    with pytest.raises(common.Error, match="my run is being trained by another process"):
+        resume(record.folder)
+
+
+def test_a_folder_that_cannot_be_made_is_named(begin, tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(common.Error, match=f"cannot write to {tmp_path}/runs/.*: start elsewhere"):
+        begin(folder=None)
+
+
+def test_where_there_are_no_locks_a_run_is_trained(begin, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert begin().folder.exists()
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null"])
+def test_without_a_home_a_run_is_trained_all_the_same(home, begin, monkeypatch):
+    """As in a container of a user that has no entry in /etc/passwd, or whose home is read-only."""
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])
+    monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME")
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        begin()
+        jax.jit(lambda x: x + 1)(0)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def test_a_dataset_is_found_from_any_folder(begin, data, tmp_path):
+    shutil.copy(data, tmp_path / "mine.npz")
+    assert begin(dataset_path="mine.npz").args.dataset_path == str(tmp_path / "mine.npz")
+
+
+# -------------------------------------------------------------------------------------------------- resume and code
+def test_resume_refuses_what_is_not_its_own(small, tmp_path):
+    for folder, algo, flags, sentence in (
+        (small, load_algo("mfql"), {}, "is a run of dmfql: resume it by algos/dmfql.py"),
+        (small, ALGO, {"seeds": (3,)}, "takes all other flags from"),
+        (tmp_path, ALGO, {}, f"{tmp_path} is no run's folder"),
+    ):
+        with pytest.raises(common.Error, match=sentence):
+            resume(folder, algo, **flags)
+    record = json.loads((small / "args.json").read_text())
+    other = record["data"] | {"sha256": "0" * 64}
+    for changes, sentence in (
+        ({"data": other}, "its sha256 differs"),
+        ({"args": record["args"] | {"hidden_dims": [9]}}, "checkpoint.msgpack holds other networks"),
+        ({"args": record["args"] | {"seeds": [1, 2, 3]}}, "checkpoint.msgpack holds other networks"),
+        ({"args": record["args"] | {"temperature": 1}}, f"other flags than the code .*{record['commit']}"),
+    ):
+        folder = copy_of(small, tmp_path, **changes)
+        with pytest.raises(common.Error, match=sentence.replace("+", r"\+")):
+            resume(folder)
+        shutil.rmtree(folder)
+
+
+def test_a_damaged_record_is_named(small, tmp_path):
+    folder = copy_of(small, tmp_path)
+    content = (folder / "checkpoint.msgpack").read_bytes()
+    for damaged in (content[:-1], b"", content[:500] + b"x" + content[501:]):
+        (folder / "checkpoint.msgpack").write_bytes(damaged)
+        with pytest.raises(common.Error, match=f"{folder}/checkpoint.msgpack is damaged"):
+            resume(folder)
+    (folder / "checkpoint.msgpack").write_bytes(content)
+    for text in ("step,seed,diverged,score\nx,5,0,0\n", "a,b\n1,2\n", "\xff\n"):
+        (folder / "eval.csv").write_text(text, encoding="latin1")
+        with pytest.raises(common.Error, match=f"{folder}/eval.csv is damaged"):
+            resume(folder)
+    (folder / "args.json").write_text("{")
+    with pytest.raises(common.Error, match=f"{folder} is no run's folder"):
+        resume(folder)
+
+
+def test_another_commit_is_said_once_and_recorded(small, tmp_path, monkeypatch, capsys):
+    begun = json.loads((small / "args.json").read_text())
+    folder = copy_of(small, tmp_path)
+    monkeypatch.setattr(run, "git_commit", lambda: "abc")
+    resume(folder)
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and said.count(begun["commit"]) == said.count("abc") == 1
+    record = json.loads((folder / "args.json").read_text())
+    assert record["commit"] == begun["commit"] and [later["commit"] for later in record["resumed"]] == ["abc"]
+    assert "jaxlib" not in said  # the versions are the same
+
+
+def test_the_commit_is_no_tags_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert run.git_commit() is None
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "m"], ["tag", "-a", "v1", "-m", "m"]):
+        subprocess.run(["git", "-C", tmp_path, *who, *command], check=True)
+    head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert run.git_commit() == head.stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------------ scores, divergence
+def test_the_score_is_the_papers(begin, capsys):
+    """Of each seed the mean of its evaluations at 80, 90 and 100 %, and over the seeds mean and std with ddof 0."""
+    record = begin(seeds=(5, 6, 7), num_updates=100)
+    record.task = types.SimpleNamespace(unit="% success", scored_from=0.8)
+    scores = np.random.default_rng(0).uniform(0, 100, (10, 3, 4))  # evaluations, seeds, episodes
+    for step, each in zip(range(10, 101, 10), scores):
+        record.log_scores(step, each)
+    record.finish()
+    means = scores[7:].mean(axis=(0, 2))
+    out = capsys.readouterr().out
+    assert f"\nscore: {means.mean():.1f} +- {np.sqrt(((means - means.mean()) ** 2).mean()):.1f} % success\n" in out
+    assert "over 3 seed(s), each scored by the mean of its evaluations at 80, 90, 100 updates\n" in out
+
+
+def test_a_seed_that_diverges_is_marked_and_leaves_the_others_alone(small, begin, data, tmp_path, monkeypatch, capsys):
+    train, chunks = ALGO.train, []
 
     def poison(args, num_steps, dataset, states):
         states, metrics = train(args, num_steps, dataset, states)
         chunks.append(num_steps)
-        if poisoned and len(chunks) == 2:
+        if len(chunks) == 2:
             states = jax.tree.map(lambda x: x.at[1].set(jnp.nan) if x.dtype == jnp.float32 else x, states)
         return states, metrics
 
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(algo, "train", poison)
-    args = algo.Args(
-        env_name="pen-human-v1",
-        dataset_path="../pen.hdf5",
-        seeds=(1, 2, 3, 4),
-        hidden_dims=(16, 16),
-        batch_size=16,
-        num_updates=20,
-        eval_episodes=2,
-        num_workers=1,
-    )
-    algo.main(args)
-    monkeypatch.setattr(algo, "train", train)
-    return next(folder.glob("runs/*/*/*"))
-
-
-def test_a_seed_that_diverges_is_marked_and_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
-    record_episodes("pen", tmp_path / "pen.hdf5")
-    healthy = play_pen(tmp_path / "healthy", monkeypatch)
-    capsys.readouterr()
-    poisoned = play_pen(tmp_path / "poisoned", monkeypatch, poisoned=True)
+    monkeypatch.setattr(ALGO, "train", poison)
+    ALGO.main(ALGO.Args(dataset_path=data, **PENDULUM))
+    resume("run")  # what a resumed run knows
     said = capsys.readouterr().out
-    assert said.count("seed 2 diverged by update 6") == 1 and "score: nan +- nan" in said
-    assert "diverged, and so nan: seed 2\n" in said
-    for name in ("train", "eval", "episodes"):
-        before, after = rows_of(healthy / f"{name}.csv"), rows_of(poisoned / f"{name}.csv")
-        assert [row for row in before if row["seed"] != "2"] == [row for row in after if row["seed"] != "2"]
-        for old, new in zip(before, after):
-            late = new["seed"] == "2" and int(new["step"]) >= 6
+    assert said.count("seed 6 diverged by update 6") == 1 and "score: nan +- nan" in said
+    assert said.count("diverged, and so nan: seed 6\n") == 2
+    for name in FILES[:3]:
+        for old, new in zip(run.read_rows(small / name), run.read_rows(tmp_path / "run" / name), strict=True):
+            late = new["seed"] == "6" and int(new["step"]) >= 6
             assert old["diverged"] == "0" and new["diverged"] == str(int(late))
-            if late and name != "train":
-                assert new["score"] == "nan" != old["score"]
-    states = [
-        flax.serialization.msgpack_restore((folder / "checkpoint.msgpack").read_bytes()[32:])["states"]
-        for folder in (healthy, poisoned)
-    ]
-    others = np.array([0, 2, 3])
-    assert_same(*(jax.tree.map(lambda x: x[others], tree) for tree in states))
-    load_algo("dmfql").main(load_algo("dmfql").Args(resume=str(poisoned)))  # what a resumed run knows
-    said = capsys.readouterr().out
-    assert "diverged by" not in said and "diverged, and so nan: seed 2\n" in said
+            assert new == old or new["seed"] == "6"
+            assert not late or name == "train.csv" or new["score"] == "nan" != old["score"]
+    record = begin(folder="other")
+    with pytest.raises(common.Error, match="every seed diverged by update 4: lower --learning-rate, and see other"):
+        for step, q in ((2, [1.0, np.inf]), (4, [np.nan, 1.0])):
+            record.log(step, {"q": np.array(q)})
 
 
 # --------------------------------------------------------------------------------------------------------- tracking
-@pytest.fixture
-def start_run(dataset, tmp_path, monkeypatch):
-    """Makes a Run of dmfql that has data, and no environments."""
-    about = {"path": "data.npz", "source": "given", "sha256": "0" * 64, "transitions": len(dataset.obs)}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "load_dataset", lambda *_: (dataset, about))
-    monkeypatch.setattr(run, "Environments", lambda *_: types.SimpleNamespace(close=lambda: None))
-    algo = load_algo("dmfql")
-    return lambda **flags: run.Run(algo.Args(env_name=TASK, num_updates=100, **flags), "dmfql.py", algo.COLUMNS)
+@pytest.mark.parametrize("sweep", [{}, {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "run1"}])
+def test_weights_and_biases_get_every_seed(sweep, begin, monkeypatch, capsys):
+    """Offline, by hand and as a sweep's agent starts it: one run, the means and each seed's own numbers."""
+    wandb = importlib.import_module("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **sweep}.items():
+        monkeypatch.setenv(name, value)
+    logged, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda self, row: logged.append(row) or log(self, row))
+    record = begin(track=True)
+    record.log(2, {"q": np.array([1.0, 3.0])})
+    record.log_scores(2, np.array([[-1.0, -3.0], [-5.0, -7.0]]))
+    record.finish()
+    assert logged == [
+        {"step": 2, "train/q": 2.0, "train/q/5": 1.0, "train/q/6": 3.0},
+        {"step": 2, "eval/score": -4.0, "eval/score/5": -2.0, "eval/score/6": -6.0},
+    ]
+    (file,) = record.folder.glob("wandb/offline-run-*/*.wandb")
+    assert file.name == f"run-{sweep.get('WANDB_RUN_ID', record.record['wandb'])}.wandb"
+    said = capsys.readouterr()
+    assert "warning" not in said.out + said.err
 
 
-@pytest.mark.parametrize("how", ["not at all", "init", "init hangs", "log", "log hangs", "finish", "finish hangs"])
-def test_training_does_not_wait_for_weights_and_biases(how, start_run, monkeypatch, capsys):
-    """W&B fails, or never answers, at each of its calls: ten chunks are recorded at once, with one warning."""
-    calls, forever = [], threading.Event()
+def test_weights_and_biases_that_cannot_be_had_end_the_run_before_it_trains(begin, monkeypatch):
+    def refuse(**_):
+        raise OSError("no login")
 
-    def call(name, **_):
-        calls.append(name)
-        if how == name and calls.count("log") in (0, 4):
-            raise OSError("host down")
-        if how == f"{name} hangs":
-            forever.wait(20)
-            raise OSError("timed out")
-
-    tracker = types.SimpleNamespace(log=lambda *_, **__: call("log"), finish=lambda **_: call("finish"))
-    tracker.define_metric = lambda *_, **__: None
-    fake = types.SimpleNamespace(init=lambda **_: call("init") or tracker)
-    if how == "finish":
-        tracker.log = lambda *_, **__: None
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(run, "TRACKING_PATIENCE", 0.5)
-    begun = time.monotonic()
-    with start_run(track=True) as record:
-        record.restore(None)
-        for _ in range(10):
-            record.log({"q": np.ones(1)})
-        assert time.monotonic() - begun < 10
-        record.record_rows("eval", 100, [{"score": 5.0}], set())
-    assert time.monotonic() - begun < 10
-    forever.set()
-    time.sleep(0.1)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == (how != "not at all") and all("Weights & Biases" in line for line in warnings)
-    assert len(rows_of(record.folder / "train.csv")) == 10 and len(rows_of(record.folder / "eval.csv")) == 1
-    if how == "not at all":
-        assert calls == ["init", *["log"] * 11, "finish"]
+    monkeypatch.setattr(importlib.import_module("wandb"), "init", refuse)
+    with pytest.raises(common.Error, match="no Weights & Biases .no login.: log in, set WANDB_MODE=offline"):
+        begin(track=True)
 
 
-def test_a_film_that_fails_is_an_error(start_run, monkeypatch):
-    monkeypatch.setattr(run, "rendering_backend", lambda: "osmesa")
-    monkeypatch.setattr(run.Run, "print_score", lambda _: None)
-    with pytest.raises(common.Error, match="could not be filmed"), start_run(capture_video=True):
-        monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=1))
+# ------------------------------------------------------------------------------------------------------------ flags
+def test_flags_as_sweeps_write_them(monkeypatch):
+    """Each flag of each algorithm as --its_name=value, with Python's words for lists and truth."""
+    for name in ALGOS:
+        Args = load_algo(name).Args
+        for field in dataclasses.fields(Args):
+            word = str(field.type)
+            values = [True, False] if "bool" in word else [(32, 33), (1,)] if "tuple" in word else [7]
+            if "str" in word or "Literal" in word:
+                values = ["mean" if "Literal" in word else "a b"]
+            for value in values:
+                written = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else value
+                monkeypatch.setattr(sys, "argv", ["x.py", f"--{field.name}={written}"])
+                assert run.cli(Args) == dataclasses.replace(Args(), **{field.name: value}), sys.argv
+    monkeypatch.setattr(sys, "argv", ["x.py", "--seeds=1", "--hidden-dims", "4", "5", "--no-track"])
+    assert run.cli(ALGO.Args) == ALGO.Args(seeds=(1,), hidden_dims=(4, 5))
 
 
-# ----------------------------------------------------------------------------------------------------- command line
-PATHS = [
-    "",
-    ".",
-    "/",
-    "/dev/zero",
-    "/dev/full",
-    "~",
-    "~nobody/data",
-    "\0",
-    "\udcff",
-    "data" * 2000,
-    str(ROOT / "LICENSE"),
-]
-NUMBERS = st.integers() | st.integers(-10, 1000) | st.floats()
-VALUES = (
-    NUMBERS.map(str) | st.sampled_from(PATHS) | st.text(max_size=20) | st.sampled_from([*common.PAPER, "min", "None"])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--env-name", "cube-triple-play-singletask-v0"], "no values for .*: give --num-samples --alpha --delta"),
+        (["--batch-size", 0], "--batch-size 0 is impossible"),
+        (["--delta", -0.1], "--delta -0.1 is impossible"),
+        (["--delta", "nan"], "--delta nan is impossible"),
+        (["--discount", 1.5], "--discount 1.5 is impossible"),
+        (["--num-workers", 0], "--num-workers 0 is impossible"),
+        (["--seeds"], "--seeds takes one or more different numbers"),
+        (["--seeds", 1, 1], "--seeds takes one or more different numbers"),
+        (["--seeds", 2**32], "--seeds 4294967296 is impossible"),
+        (["--hidden-dims"], "--hidden-dims one or more widths"),
+        (["--num-updates", 101], "give a multiple of 10"),
+        (["--dataset-path", "nowhere.npz"], "cannot read or write .*/nowhere.npz .No such file.*by --dataset-path"),
+        (["--dataset-path", "x", "--generate-episodes", 1], "exclude each other"),
+        (["--env-name", "antmaze-large-navigate", "--generate-episodes", 1], "cannot be generated"),
+        (["--batch-size", "many"], "invalid"),
+    ],
 )
-FLAGS = [field.name.replace("_", "-") for field in dataclasses.fields(load_algo("dmfrebrac").Args)]
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(flags=st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=3)), max_size=4))
-@example(flags=[("dataset-path", [""])])
-@example(flags=[("dataset-path", ["/"])])
-@example(flags=[("resume", [""])])
-def test_no_flags_give_a_traceback(flags, tmp_path, monkeypatch):
-    """Whatever is given, the end is an exit with a sentence; data cannot be had here, so no run begins."""
-
-    def unreachable(*_, **__):
-        raise common.Error("no data")
-
+def test_impossible_flags_end_in_one_sentence_before_anything_is_made(flags, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(common, "download", unreachable)
-    monkeypatch.setattr(common.generate, "generate", unreachable)
-    algo = load_algo("dmfrebrac")
-    with pytest.raises(SystemExit):
-        algo.main(algo.tyro.cli(algo.Args, args=[part for name, values in flags for part in (f"--{name}", *values)]))
+    monkeypatch.setattr(sys, "argv", ["dmfql.py", "--env-name", TASK, *map(str, flags)])
+    with pytest.raises(SystemExit, match="2" if sentence == "invalid" else f"^error: .*{sentence}[^\n]*$"):
+        ALGO.main(run.cli(ALGO.Args))
+    assert sentence != "invalid" or sentence in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
 
 
-def test_any_bytes_are_a_files_name(tmp_path, data_path):
-    """A real process, with a dataset whose name is no text; and one whose flags are none."""
-    path = os.fsencode(tmp_path) + b"/\xff\n.npz"
-    with open(path, "wb") as file:
-        file.write(data_path.read_bytes())
-    flags = ["--env-name", TASK, "--hidden-dims", 65536, 16, "--dataset-path", os.fsdecode(path)]
-    code, out, err = run_cli("dmfql", *flags, "--batch-size", 10**8, cwd=tmp_path)
-    assert code == 1 and "Traceback" not in err and "error: too little memory" in err, (out, err)
-    code, out, err = run_cli("dmfql", "--env-name", "\udcff", cwd=tmp_path)
-    assert code == 1 and out == "" and err.startswith("error: there is no task") and err.count("\n") == 1
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({}, "there is nothing to do"),
+        ({"num_samples": (0,)}, "--num-samples 0 is impossible"),
+        ({"num_samples": (1,), "num_workers": -1}, "--num-workers -1 is impossible"),
+        ({"num_samples": (1,)}, "run has no checkpoint yet: python algos/dmfql.py --resume run"),
+    ],
+)
+def test_what_cannot_be_evaluated_again_is_refused(flags, sentence, begin):
+    with pytest.raises(common.Error, match=sentence):
+        evaluate.main(evaluate.Args(begin().folder, **flags))
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.msgpack"
-    run.write_file(path, b"first")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(common.Error, match=f"cannot write {path} .No space left on device.: fix that, then resume"):
-        run.write_file(path, b"second")
-    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == [path.name]
+def test_without_opengl_no_film_is_promised(begin, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "none")
+    with pytest.raises(common.Error, match="nothing here can draw for --capture-video by MUJOCO_GL=none: install OSMe"):
+        begin(capture_video=True)
+    assert not os.listdir(tmp_path)
 
 
-def test_an_empty_csv_gets_its_header(tmp_path):
-    """What a full disk leaves of a CSV is a file without a line."""
-    path = tmp_path / "train.csv"
-    path.touch()
-    run.append_rows(path, [{"step": 1, "seed": 2}])
-    assert path.read_text() == "step,seed\n1,2\n"
+def test_too_little_memory_is_a_sentence():
+    with pytest.raises(SystemExit, match="error: too little memory .*: give fewer --seeds, or smaller --batch-size"):
+        run.explain(jax.errors.JaxRuntimeError, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), None)
 
 
-def test_a_generation_whose_process_dies_is_named(tmp_path, monkeypatch):
-    def die(*_):
-        raise common.concurrent.futures.process.BrokenProcessPool
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(common.generate, "generate", die)
-    with pytest.raises(common.Error, match=f"cannot generate {tmp_path}.*a process died"):
-        common.load_dataset(common.load_task(TASK), None, 1)
-
-
-def test_no_file_can_run_code():
-    """Nothing here unpickles, evaluates or hands to a shell what it reads."""
-    dangerous = r"\b(pickle|marshal|shelve|eval|exec|compile|system|popen)\(|^import (pickle|marshal|shelve)|shell=True"
-    dangerous += r"|allow_pickle=True|pickle\.load"
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("algos/*.py")]:
-        assert not re.search(dangerous, path.read_text(), re.MULTILINE), path
+def test_windows_is_not_supported(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    spec = importlib.util.spec_from_file_location("common", common.__file__)
+    with pytest.raises(SystemExit, match="Windows has no fork"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -1,17 +1,24 @@
-"""Statistics against scipy and naive loops, and what the report says of runs that are not the paper's."""
+"""report.py: statistics against scipy and naive loops, what is gathered, and what is said of runs that are not the
+paper's."""
 
+import dataclasses
 import itertools
 import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
+import report
 import scipy.stats
+from reproduce import Selection, expand
 
 import common
-import report
-import reproduce
 from run import append_rows
+
+FLAGS = ["--num-updates", "20", "--seeds", "1", "2"]
+SELECTION = Selection(("table2", "figure3", "figure6"), ("cube-single-play", "pen-human-v1"), name="small")
+CURVE = np.array([[0, 0, 0, 5, 10, 20, 30, 40, 50, 60], [0, 0, 0, 0, 0, 0, 10, 20, 30, 40.0]])  # [seeds, evaluations]
 
 
 @pytest.fixture
@@ -59,92 +66,104 @@ def test_profiles_count_runs_above_a_threshold(tasks):
     np.testing.assert_array_equal(report.profile(tasks, thresholds), naive)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Runs of mfql and dmfql in runs/: [seeds, evaluations] of scores, and the selection that they answer."""
-    tmp_path = tmp_path_factory.mktemp("report")
-    selection = reproduce.Selection(("table2",), ("cube-single-play", "pen-human-v1"), ("mfql", "dmfql"))
-    curve = np.array([[0, 0, 0, 5, 10, 20, 30, 40, 50, 60], [0, 0, 0, 0, 0, 0, 10, 20, 30, 40.0]])
+def record_run(folder, cell, seeds, tenths=10, diverged=None, **changes):
+    """Writes what a run of a cell leaves in its folder, with CURVE's scores. Seed 2 diverges at step `diverged`."""
+    folder.mkdir(parents=True)
+    args = dataclasses.asdict(dataclasses.replace(cell.args, seeds=seeds, **changes))
     data = {"source": "generated", "transitions": 4000, "sha256": "0" * 64}
-    flags = ["--num-updates", "20", "--seeds", "1", "2"]
-    for number, cell in enumerate(reproduce.expand(selection, flags)):
-        args = json.loads(cell.run.args)
-        folder = tmp_path / "runs" / cell.task / cell.run.algo / "1"
-        folder.mkdir(parents=True)
-        record = {"args": args, "data": data, "device": "1 x cpu", "versions": {"jax": "0"}, "commit": "c"}
-        (folder / "args.json").write_text(json.dumps(record))
-        for i, j in itertools.product(range(10), range(2)):
-            score = np.nan if (cell.column, cell.task, j) == ("dmfql", "pen-human-v1", 1) else curve[j, i] + number
-            append_rows(folder / "eval.csv", [{"step": 2 * i + 2, "seed": j + 1, "score": score}])
-            if cell.column == "dmfql":
-                rows = [{"step": 2 * i + k, "seed": j + 1, "q_grad_norm": 10 * i + k} for k in (1, 2)]
-                append_rows(folder / "train.csv", rows)
+    record = {"algo": cell.algo, "args": args, "data": data, "device": "1 x cpu", "versions": {"jax": "0"}}
+    (folder / "args.json").write_text(json.dumps(record | {"commit": "c", "resumed": [{"commit": "d"}]}))
+    for i, seed in itertools.product(range(tenths), seeds):
+        for step in (2 * i + 1, 2 * i + 2):
+            row = {"step": step, "seed": seed, "diverged": int(seed == 2 and step >= (diverged or 99))}
+            append_rows(folder / "train.csv", [row | {"q_grad_norm": 10 * i + step - 2 * i}])
+        if not row["diverged"] or len(seeds) > 1:  # a run that has no seed left ends
+            append_rows(folder / "eval.csv", [row | {"score": "nan" if row["diverged"] else CURVE[(seed - 1) % 2, i]}])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A report of runs in many pieces: the rows of its runs.csv, and its folder."""
+    tmp_path = tmp_path_factory.mktemp("report")
+    cells = {cell[:3]: cell for cell in expand(SELECTION, FLAGS)}
+    mfql, dmfql, hand = (cells["table2", *key] for key in (
+        ("cube-single-play", "mfql"), ("cube-single-play", "dmfql"), ("pen-human-v1", "dmfql")))  # fmt: skip
+    runs = tmp_path / "runs"
+    record_run(runs / "job-1", mfql, (1,))
+    record_run(runs / "a" / "b" / "job-2", mfql, (2, 3), num_workers=7)  # more seeds than asked for
+    record_run(runs / "job-2-begun", mfql, (2,), tenths=3)
+    record_run(runs / "other", mfql, (1, 2), batch_size=1)
+    record_run(runs / "on-published-data", mfql, (1, 2), dataset_path="x")
+    record_run(runs / "dmfql", dmfql, (1, 2))
+    record_run(runs / "hand", hand, (1, 2), diverged=13)
+    record_run(runs / "ends", cells["table2", "pen-human-v1", "mfql"], (2,), tenths=2, diverged=3)  # no seed was left
+    record_run(runs / "delta", cells["figure6", "cube-single-play", "delta=0.3"], (1, 2), tenths=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        report.main(report.Args(selection.targets, selection.tasks, selection.algos, "small"), flags)
-    return curve, tmp_path / "results" / "small"
+        report.main(SELECTION, FLAGS)
+        folder = tmp_path / "results" / "small"
+        before = (folder / "README.md").read_text()
+        report.main(Selection(name="small"), [])
+        assert (folder / "README.md").read_text() == before  # of runs.csv alone
+    return pd.read_csv(folder / "runs.csv"), folder
 
 
-def test_a_tidy_row_says_where_it_is_from(runs):
-    rows = report.read_rows(runs[1] / "runs.csv")
-    assert len(rows) == 2 * 2 * 10 * 2
-    row = next(row for row in rows if (row["column"], row["seed"], row["step"]) == ("dmfql", "2", "8"))
-    told = ("task", "algorithm", "score", "q_grad_norm", "reduced", "data", "transitions", "delta", "commit")
-    expected = ["cube-single-play", "dmfql", "2.0", "31.5", "num_updates=20 seeds=[1,2]"]
-    expected += ["generated", "4000", "0.03", "c"]
-    assert [row[name] for name in told] == expected
+def test_seeds_are_gathered_wherever_they_were_run(small):
+    rows, _ = small
+    mfql = rows[(rows.column == "mfql") & (rows.task == "cube-single-play")]
+    assert dict(zip(mfql.seed, mfql.run)) == {1: "runs/job-1", 2: "runs/a/b/job-2"}
+    assert len(mfql) == 20 and set(mfql.reduced) == {"num_updates=20 seeds=[1,2]"}
 
 
-def test_scores_follow_the_papers_protocol(runs):
-    curve, folder = runs
-    cells = report.load_cells(report.read_rows(folder / "runs.csv"))
-    ogbench, hand = (cells["table2"][task, "mfql"] for task in ("cube-single-play", "pen-human-v1"))
-    np.testing.assert_array_equal(ogbench.scores, curve[:, 7:].mean(axis=1))  # the evaluations at 80, 90 and 100 %
-    np.testing.assert_array_equal(hand.scores, curve[:, -1] + 1)  # the last one
+def test_a_row_says_where_it_is_from(small):
+    rows, _ = small
+    (row,) = rows[
+        (rows.table == "table2") & (rows.run == "runs/dmfql") & (rows.seed == 2) & (rows.step == 8)
+    ].itertuples()
+    assert (row.task, row.algorithm, row.score, row.q_grad_norm) == ("cube-single-play", "dmfql", 0, 31.5)
+    assert (row.data, row.transitions, row.delta, row.commit) == ("generated", 4000, 0.03, "c d")
+    assert row.reduced == "num_updates=20 seeds=[1,2]"
+
+
+def test_scores_follow_the_papers_protocol(small):
+    folder = small[1]
+    cells = report.load_cells(folder / "runs.csv")
+    ogbench = cells["table2"]["cube-single-play", "mfql"].scores
+    np.testing.assert_array_equal(ogbench, CURVE[:, 7:].mean(axis=1))  # the evaluations at 80, 90 and 100 %
+    np.testing.assert_array_equal(cells["table2"]["pen-human-v1", "dmfql"].scores, [60, np.nan])  # the last one
+    np.testing.assert_allclose(cells["figure3"]["cube-single-play", "dmfql"].scores, np.full(2, 46.5))  # all of them
     text = (folder / "README.md").read_text()
-    mean, std = ogbench.scores.mean(), ogbench.scores.std(ddof=0)
-    assert f"{mean:.1f} ± {std:.1f}**<br>paper 95 ± 1 |" in text
+    assert f"| **{ogbench.mean():.1f} ± {ogbench.std(ddof=0):.1f}**<br>paper 95 ± 1 |" in text
+    assert "| 46.50 ± 0.00; delta 0.03, alpha 300 |" in text and "| 70 % done |" in text
 
 
-def test_reduced_generated_and_diverged_are_never_hidden(runs):
-    text, page = ((runs[1] / name).read_text() for name in ("README.md", "page.html"))
-    label = "REDUCED: num_updates=20, seeds=[1,2]; generated data (4,000 transitions); 2 seeds"
-    parts = text.split("\n### ")[1:]
-    assert len(parts) == 3 and all(label in part for part in parts)
-    assert "nan (1 of 2 seeds diverged, the others 63.0 ± 0.0)" in text and "nan (1 of 2 seeds diverged" in page
-    assert "| IQM of dmfql | 1 Adroit | nan | [nan, nan] |" in text
-    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
-    assert all(entry["difference"] is None and label in entry["label"] for entry in data["entries"])
-    assert data["tables"][0]["label"] == label
-    for path in runs[1].glob("*.svg"):
-        assert path.with_suffix(".png").stat().st_size > 10_000
-    loads = r"""(src|href)=["'](?!#)|@import|url\((?!#)|fetch\("""
-    assert not re.search(loads, page.replace('\\"', '"'))  # the page needs nothing from elsewhere
+def test_reduced_generated_and_diverged_are_never_hidden(small):
+    text = (small[1] / "README.md").read_text()
+    parts = text.split("\n## ")[1:]
+    assert len(parts) == 3 and all("REDUCED: num_updates=20, seeds=" in part for part in parts)
+    assert all("; generated data (4,000 transitions); " in part for part in parts)
+    assert "nan (1 of 2 seeds diverged, the others 60.0 ± 0.0)" in text and "nan (1 of 1 seeds diverged)" in text
+    assert "2 diverged (nan)" in parts[0] and "| IQM of dmfql | nan | nan to nan |" in text
+    pictures = {path.name for path in small[1].glob("*.png")}
+    assert pictures == set(re.findall(r"\((.*png)\)", text))
+    assert "table2-normalized-return.png" in pictures and "figure6.png" in pictures and "figure3-curves.png" in pictures
 
 
-def test_a_page_has_no_picture_of_an_earlier_report(runs, monkeypatch):
-    monkeypatch.chdir(runs[1].parents[1])
-    before = (runs[1] / "page.html").read_text()
-    (runs[1] / "table1-ogbench.svg").write_text("<svg>earlier</svg>")
-    report.main(report.Args(name="small"), [])
-    (runs[1] / "table1-ogbench.svg").unlink()
-    assert (runs[1] / "page.html").read_text() == before
-
-
-def test_full_size_runs_are_compared_with_the_paper():
-    about = {"reduced": "", "data": "published", "transitions": "10", "num_updates": "20", "run": "r"}
-    cell = report.Result(np.arange(2, 21, 2), np.zeros((8, 10)), np.zeros((8, 10)), np.full(8, 90.0), about)
-    key = ("scene-play", "dmfql")
-    (entry,) = report.summarize("table2", {key: cell}).values()
-    assert (entry["paper"], entry["difference"], entry["text"]) == ("90 ± 10", 0, "90.0 ± 0.0")
-    assert entry["label"] == "full size; published data (10 transitions); 8 seeds"
-    (entry,) = report.summarize("table2", {key: cell._replace(about=about | {"data": "generated"})}).values()
-    assert np.isnan(entry["difference"])
+def test_full_size_runs_say_so(tmp_path):
+    rows = pd.DataFrame({"seed": range(8), "step": 20, "score": 90.0, "q_grad_norm": np.nan, "num_updates": 20})
+    rows = rows.assign(table="table2", task="scene-play", reduced="", data="published", transitions=10)
+    pd.concat([rows.assign(column=c) for c in ("mfql", "dmfql")]).to_csv(tmp_path / "runs.csv")
+    cells = report.load_cells(tmp_path / "runs.csv")["table2"]
+    assert report.label(list(cells.values())) == "full size; published data (10 transitions); 8 seeds"
+    table = report.score_table("table2", cells)
+    assert "| **90.0 ± 0.0**<br>paper 57 ± 20 | **90.0 ± 0.0**<br>paper 90 ± 10 |" in table
+    unfinished = cells["scene-play", "mfql"]._replace(scores=np.full(3, 9.0))
+    assert report.show("table2", unfinished) == "9.0 ± 0.0 (3 of 8 seeds finished)"
 
 
 def test_nothing_to_report_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for args in (report.Args(), report.Args(("table2",), ("scene-play",))):
+    for selection in (Selection(), Selection(("table2",), ("scene-play",))):
         with pytest.raises(common.Error, match="name the tables to collect|none of these cells has been run"):
-            report.main(args, [])
+            report.main(selection, [])
     assert not list(tmp_path.iterdir())

@@ -1,25 +1,32 @@
 """Makes OGBench's `*-play` datasets of cube, scene and puzzle anew, with the scripted oracles that ship in its wheel.
 
+    python scripts/generate.py scene-play-v0 100 scene.npz     # and scene-val.npz, of 10
+
 The recipe is that of OGBench's `data_gen_scripts/generate_manipspace.py`: episodes of 1001 steps, oracle noise 0.1 with
 smoothing 0.5, a new target whenever the oracle is done. That script never uses its seed; here episode i depends on
 i alone, so 100 episodes are the first 100 of 1000, whatever the number of processes that make them.
 """
 
 import collections
-import concurrent.futures
+import concurrent.futures.process
+import dataclasses
 import functools
 import itertools
 import multiprocessing
 import os
 import pathlib
 import signal
-import threading
+import sys
 
-os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes that draw nothing
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import gymnasium
 import numpy as np
+import tyro
 from tqdm import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import common
 
 EPISODE_STEPS = 1001
 NOISE = dict(noise=0.1, noise_smoothing=0.5)
@@ -33,10 +40,14 @@ STACKING = {
 VALIDATION = 1_000_000  # validation episode j is episode VALIDATION + j, however many there are to train on
 
 
-def can_generate(dataset: str) -> bool:
-    """Whether `dataset` ("scene-play-v0") can be made here: mazes need walkers that were trained, "noisy" is not
-    made."""
-    return dataset.startswith(("cube-", "scene-", "puzzle-")) and dataset.endswith("-play-v0")
+@dataclasses.dataclass(frozen=True)
+class Args:
+    dataset: tyro.conf.Positional[str]
+    """name of the published set, like scene-play-v0"""
+    num_episodes: tyro.conf.Positional[int]
+    """training episodes; a tenth as many are made to validate on"""
+    path: tyro.conf.Positional[pathlib.Path | None] = None
+    """file to write (None: <dataset>.npz here)"""
 
 
 @functools.cache
@@ -112,16 +123,8 @@ def collect_episode(dataset: str, episode: int) -> dict[str, np.ndarray]:
             return arrays
 
 
-def follow_parent():
-    """Makes a worker process leave Ctrl-C to its parent, and end with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def generate(dataset: str, num_episodes: int, path: pathlib.Path, num_workers: int | None = None):
-    """Writes `num_episodes` training episodes to `path` and a tenth as many to `<path>-val`, in parallel over the
-    cores.
+def generate(dataset: str, num_episodes: int, path: pathlib.Path):
+    """Writes `num_episodes` training episodes to `path` and a tenth as many to <path>-val, on all cores.
 
     The keys, dtypes and shapes are those of the published files, so that ogbench's own loader reads them. Both files
     appear whole or not at all.
@@ -129,7 +132,7 @@ def generate(dataset: str, num_episodes: int, path: pathlib.Path, num_workers: i
     num_val = max(1, num_episodes // 10)
     episodes = [*range(num_episodes), *range(VALIDATION, VALIDATION + num_val)]
     context = multiprocessing.get_context("forkserver")
-    with concurrent.futures.ProcessPoolExecutor(num_workers, context, follow_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(common.usable_cores(), context, common.follow_parent) as pool:
         try:
             arrays = pool.map(functools.partial(collect_episode, dataset), episodes)
             arrays = list(tqdm(arrays, f"generating {dataset}", len(episodes), unit="episode"))
@@ -143,3 +146,24 @@ def generate(dataset: str, num_episodes: int, path: pathlib.Path, num_workers: i
             os.replace(temporary, where)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def main(args: Args):
+    """Makes the file, or ends in a sentence."""
+    if not common.can_generate(f"{args.dataset}.npz") or args.num_episodes < 1:
+        raise common.Error(f"{args.num_episodes} episodes of {args.dataset} cannot be made: "
+                           f"give a dataset like scene-play-v0, of cube, scene or puzzle")  # fmt: skip
+    path = args.path or pathlib.Path(f"{args.dataset}.npz")
+    try:
+        generate(args.dataset, args.num_episodes, path)
+    except OSError as error:
+        raise common.Error(f"cannot write {path} ({error.strerror or error}): make room there, or give another path")
+    except concurrent.futures.process.BrokenProcessPool:
+        raise common.Error(f"cannot make {path}: a process died, perhaps of too little memory: start again")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,104 @@
+"""Plays a run's policies once more: with other numbers of samples (the paper's Table 4), or on film.
+
+    python scripts/evaluate.py runs/cube-single-play/mfql/<time> --num-samples 1 2 4 8 16 32 64 128
+    python scripts/evaluate.py runs/cube-single-play/mfql/<time> --capture-video
+
+The first writes num_samples.csv into the run's folder, the second episode-0.mp4 and three more.
+Nothing is trained. The episodes are those of the run's last evaluation, step by step.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import sys
+import warnings
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the GPU to what trains
+
+import filelock
+import imageio_ffmpeg
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import common
+from run import append_rows, load_run, read_rows, rendering_backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    folder: tyro.conf.Positional[pathlib.Path]
+    """a run's folder, runs/<task>/<algorithm>/<time>"""
+    num_samples: tuple[int, ...] = ()
+    """evaluate with MaxQ over that many actions, each number in turn"""
+    capture_video: bool = False
+    """film the first four episodes of the first seed"""
+    num_workers: int | None = None
+    """processes that step the environments (None: one per core)"""
+
+
+class Film(common.Slots):
+    """Environments that film what happens in them, an mp4 per slot."""
+
+    def __init__(self, task: common.Task, num_films: int, num_slots: int, folder: pathlib.Path):
+        size = {"width": 320, "height": 320} if isinstance(task, common.OGBench) else {}
+        super().__init__(task, list(range(num_films)), render_mode="rgb_array", **size)
+        self.num_slots, self.folder, self.writers = num_slots, folder, {}
+
+    def step(self, commands: dict) -> dict:
+        """See `common.Slots`; a slot's film ends with its episode."""
+        answers = super().step(commands)
+        for slot, (_, score) in answers.items():
+            env = self.envs[slot]
+            frame = np.ascontiguousarray(env.render())
+            if slot not in self.writers:
+                path, size = self.folder / f"episode-{slot}.mp4", frame.shape[1::-1]
+                self.writers[slot] = imageio_ffmpeg.write_frames(path, size, fps=env.metadata.get("render_fps", 20))
+                self.writers[slot].send(None)
+            self.writers[slot].send(frame)
+            if score is not None:
+                self.writers.pop(slot).close()
+        return answers
+
+
+def main(args: Args):
+    """Loads the policies, and plays."""
+    common.check_numbers(args)
+    if not args.num_samples and not args.capture_video:
+        raise common.Error("there is nothing to do: give --num-samples or --capture-video")
+    if args.capture_video and (backend := rendering_backend()) != os.environ["MUJOCO_GL"]:
+        # MuJoCo read it when it was imported, so this starts anew
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MUJOCO_GL": backend})
+    module, run, step, states = load_run(args.folder)
+    if step < run.num_updates:
+        raise common.Error(f"{args.folder} is not finished: go on with it by --resume, then play")
+    task, num_seeds = common.load_task(run.env_name, run.dataset_path), len(run.seeds)
+    if args.num_samples and not hasattr(run, "num_samples"):
+        raise common.Error(f"{args.folder} does not act by MaxQ: leave --num-samples out")
+    path = args.folder / "num_samples.csv"
+    try:
+        common.lock(args.folder / ".lock")
+    except filelock.Timeout:
+        raise common.Error(f"{args.folder} is in use by another process: let that one end, or stop it")
+    done = {row["num_samples"] for row in read_rows(path)}
+    workers = args.num_workers or common.usable_cores()
+    slots = common.slots_per_seed(num_seeds, run.eval_episodes, workers)
+    envs = common.Environments(task, slots * num_seeds, workers) if args.num_samples else None
+    for n in [n for n in args.num_samples if str(n) not in done]:
+        policy = functools.partial(module.act, dataclasses.replace(run, num_samples=n), states)
+        scores = common.evaluate(policy, envs, run.seeds, step, run.eval_episodes, run.eval_seed).mean(axis=1)
+        keys = [{"step": step, "seed": seed, "num_samples": n} for seed in run.seeds]
+        append_rows(path, [key | {"score": f"{score:.6g}"} for key, score in zip(keys, scores)])
+        print(f"{n} samples: {scores.mean():.1f} +- {scores.std():.1f} {task.unit}", flush=True)
+    if args.capture_video:
+        policy = lambda obs, keys: module.act(run, states, *(np.repeat(x, num_seeds, axis=0) for x in (obs, keys)))[:1]
+        warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once
+        film = Film(task, min(slots, 4), slots, args.folder)
+        scores = common.evaluate(policy, film, run.seeds[:1], step, min(slots, 4), run.eval_seed)[0]
+        for episode, score in enumerate(scores):
+            print(f"{args.folder}/episode-{episode}.mp4: score {score:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
