@@ -11,6 +11,7 @@ skipped: the same command goes on wherever it was stopped. Ctrl-C lets the runs 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -197,7 +198,8 @@ class Job:
         import submitit
 
         self.process.terminate()
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # __call__, which this interrupts, waits as well
+        with contextlib.suppress(ChildProcessError):  # __call__, which this interrupts, waits as well
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(Job(self.command))
 
 

@@ -1,8 +1,8 @@
 """Data: what a transition is at an episode's end, what is refused, where files are kept, and how episodes are made."""
 
+import concurrent.futures
 import errno
 import fcntl
-import functools
 import gzip
 import hashlib
 import http.server
@@ -27,11 +27,10 @@ import common
 @pytest.fixture(scope="module", autouse=True)
 def one_environment_per_task():
     """Each load makes an environment, which takes a second: here all share one."""
-    made, make_env = {}, common.OGBench.make_env
+    made, make = {}, common.OGBench.make_env
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common.OGBench, "make_env", lambda task: made.get(task.name) or made.setdefault(task.name, make_env(task))
-        )
+        make_once = lambda task: made.get(task.name) or made.setdefault(task.name, make(task))
+        patch.setattr(common.OGBench, "make_env", make_once)
         yield
 
 
@@ -57,11 +56,11 @@ def clip(action):
     return np.clip(np.float32(action), -1 + 1e-5, 1 - 1e-5)
 
 
-def random_episodes(env, num_episodes=2):
-    """Rows of random episodes under D4RL's keys: {key: [steps, ...]}."""
+def random_episodes(env):
+    """Rows of two random episodes under D4RL's keys: {key: [steps, ...]}."""
     rng, space = np.random.default_rng(0), env.action_space
     rows = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    for seed in range(num_episodes):
+    for seed in range(2):
         (obs, _), over = env.reset(seed=seed), False
         while not over:
             action = rng.uniform(space.low, space.high)
@@ -82,8 +81,7 @@ def record_hand(hand, path):
 def record_pendulum(path):
     """Writes random episodes of gymnasium's pendulum as a user's own file is."""
     rows = random_episodes(gymnasium.make("Pendulum-v1"))
-    ends = {"masks": 1.0 - rows["terminals"], "terminals": rows.pop("timeouts")}
-    np.savez(path, **rows | ends)
+    np.savez(path, **rows | {"masks": 1.0 - rows["terminals"], "terminals": rows.pop("timeouts")})
 
 
 # ------------------------------------------------------------------------------------------------------ transitions
@@ -106,9 +104,9 @@ def test_transitions_follow_the_episodes(data_path, dataset):
 def test_rewards_and_masks_are_ogbenchs(data_path, dataset):
     """Those of r(s), from the library's own loader, on the same transitions."""
     _, train, _ = ogbench.make_env_and_datasets(f"{TASK}-singletask-v0", dataset_path=str(data_path))
-    for key in ("observations", "next_observations", "rewards", "masks"):
-        short = {"observations": "obs", "next_observations": "next_obs", "rewards": "reward", "masks": "mask"}[key]
-        np.testing.assert_array_equal(getattr(dataset, short), train[key])
+    names = {"obs": "observations", "next_obs": "next_observations", "reward": "rewards", "mask": "masks"}
+    for ours, theirs in names.items():
+        np.testing.assert_array_equal(getattr(dataset, ours), train[theirs])
     np.testing.assert_array_equal(dataset.action, clip(train["actions"]))
 
 
@@ -124,35 +122,36 @@ def test_masks_end_where_the_task_is_solved(path):
     np.testing.assert_array_equal(np.flatnonzero(dataset.reward == 0), [5])
 
 
-def test_a_users_own_environment(tmp_path):
-    """Any gymnasium environment: its actions, here in [-2, 2], become [-1, 1], and its score is the return."""
+@pytest.mark.parametrize("name", ["Pendulum-v1", "my_envs:Mine-v0"])
+def test_a_users_own_environment(name, tmp_path, monkeypatch):
+    """Gymnasium's, or of the user's module: actions, here in [-2, 2], become [-1, 1], and the score is the return."""
+    (tmp_path / "my_envs.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Mine-v0', 'gymnasium.envs.classic_control:PendulumEnv', max_episode_steps=200)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "data.npz"
     record_pendulum(path)
-    raw, (dataset, about) = np.load(path), load(path, "Pendulum-v1")
-    assert about["source"] == "given" and dataset.obs.shape == (398, 3)
+    raw, (dataset, about) = np.load(path), load(path, name)
+    assert about["source"] == "given" and dataset.obs.shape == (398, 3) and np.abs(raw["actions"]).max() > 1.9
     start = np.flatnonzero(~raw["terminals"])
-    assert np.abs(raw["actions"]).max() > 1.9
     np.testing.assert_allclose(dataset.action, clip(raw["actions"][start] / 2), atol=1e-6)
     np.testing.assert_allclose(dataset.next_action, clip(raw["actions"][start + 1] / 2), atol=1e-6)
     np.testing.assert_array_equal(dataset.reward, np.float32(raw["rewards"][start]))
-    task, plain = common.load_task("Pendulum-v1", str(path)), gymnasium.make("Pendulum-v1")
+    task, plain = common.load_task(name, str(path)), gymnasium.make("Pendulum-v1")
     env = task.make_env()
     assert (env.reset(seed=1)[0] == plain.reset(seed=1)[0]).all()
     assert env.step(np.array([0.5], np.float32))[1] == plain.step(np.array([1.0], np.float32))[1]
     assert task.unit == "return" and task.score(-3.0, {}) == -3.0
     algo = load_algo("dmfql")
-    with pytest.raises(common.Error, match="no values for Pendulum-v1: give --num-updates --num-samples --alpha --del"):
-        common.resolve(algo.Args(env_name="Pendulum-v1", dataset_path=str(path)), task, algo.PAPER)
+    with pytest.raises(common.Error, match=f"no values for {name}: give --num-updates --num-samples --alpha --delta"):
+        common.resolve(algo.Args(env_name=name, dataset_path=str(path)), task, algo.PAPER)
 
 
-def test_an_own_environment_that_the_networks_cannot_take_is_refused():
-    for name, sentence in (
-        ("CartPole-v1", "Discrete"),
-        ("FrozenLake-v1", "Discrete"),
-        ("no_such_module:Env-v0", "no_s"),
-    ):
-        with pytest.raises(common.Error, match=f"{name}.*{sentence}"):
-            common.load_task(name, "data.npz").make_env()
+@pytest.mark.parametrize("name, sentence", [("CartPole-v1", "Discrete"), ("no_such_module:Env-v0", "no_such_module")])
+def test_an_own_environment_that_cannot_be_learned_in_is_refused(name, sentence):
+    with pytest.raises(common.Error, match=f"{name}.*{sentence}"):
+        common.load_task(name, "data.npz").make_env()
 
 
 @pytest.mark.parametrize(
@@ -174,22 +173,20 @@ def test_a_task_that_is_not_here_says_why(name, sentence):
 
 
 # ---------------------------------------------------------------------------------------------------- damaged files
-ARRAYS = {
-    "key missing": lambda raw: {key: raw[key] for key in raw if key != "qpos"},
-    "NaN": lambda raw: raw | {"observations": raw["observations"] * np.nan},
-    "pickled": lambda raw: raw | {"actions": np.array([{}] * 41, object)},
-    "strings": lambda raw: raw | {"actions": raw["actions"].astype(str)},
-    "wrong length": lambda raw: raw | {"actions": raw["actions"][1:]},
-    "wrong width": lambda raw: raw | {"qpos": raw["qpos"][:, 1:]},
-    "no end": lambda raw: raw | {"terminals": np.zeros(41, bool)},
-    "no transition": lambda raw: raw | {"terminals": np.ones(41, bool)},
-}
-BYTES = {
-    "truncated": lambda content: content[:-1000],
-    "bit flipped": lambda content: flip(content, content.find(b"actions.npy") + 200),
-    "empty": lambda content: b"",
-    "a web page": lambda content: b"<html>404</html>",
-    "gzipped": gzip.compress,
+DAMAGES = {  # what is changed, the file's bytes or one of its arrays, and how
+    "key missing": ("qpos", lambda values: None),
+    "NaN": ("observations", lambda values: values * np.nan),
+    "pickled": ("actions", lambda values: np.array([{}] * 41, object)),
+    "strings": ("actions", lambda values: values.astype(str)),
+    "wrong length": ("actions", lambda values: values[1:]),
+    "wrong width": ("qpos", lambda values: values[:, 1:]),
+    "no end": ("terminals", np.zeros_like),
+    "no transition": ("terminals", np.ones_like),
+    "truncated": ("bytes", lambda content: content[:-1000]),
+    "bit flipped": ("bytes", lambda content: flip(content, content.find(b"actions.npy") + 200)),
+    "empty": ("bytes", lambda content: b""),
+    "a web page": ("bytes", lambda content: b"<html>404</html>"),
+    "gzipped": ("bytes", gzip.compress),
 }
 
 
@@ -198,15 +195,15 @@ def flip(content, position):
     return content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :]
 
 
-@pytest.mark.parametrize("how", [*ARRAYS, *BYTES])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_file_is_named_and_never_trained_on(how, path):
     """Also at its first load, when there is no sha256 to compare with."""
-    load(path)
-    path.with_name("data.npz.sha256").unlink()
-    if how in ARRAYS:
-        np.savez_compressed(path, **ARRAYS[how](dict(np.load(path))))
+    (what, change), raw = DAMAGES[how], dict(np.load(path))
+    if what == "bytes":
+        path.write_bytes(change(path.read_bytes()))
     else:
-        path.write_bytes(BYTES[how](path.read_bytes()))
+        raw[what] = change(raw[what])
+        np.savez_compressed(path, **{key: values for key, values in raw.items() if values is not None})
     with pytest.raises(common.Error, match=f"{path} is (damaged|no dataset of {TASK}).*: name another file"):
         load(path)
     assert not path.with_name("data.npz.sha256").exists()  # what was refused is not recorded
@@ -242,7 +239,7 @@ def test_damage_after_the_first_load_is_noticed(kind, path, tmp_path):
     assert record.read_text() == f"{about['sha256']}  {path.name}\n"
 
 
-# -------------------------------------------------------------------------------------------- other people's machines
+# ------------------------------------------------------------------------------------------------- other machines
 def no_locks(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -258,40 +255,26 @@ def test_where_there_are_no_locks_data_are_read(given, path, empty_home, monkeyp
 
 def test_data_are_found_in_another_folder(path, tmp_path, monkeypatch):
     """By OGBENCH_DATASET_DIR, as OGBench's users set it, and by a folder as --dataset-path."""
-    (tmp_path / "mine").mkdir()
-    published = path.rename(tmp_path / "mine" / f"{TASK}-v0.npz")
-    assert load(published.parent)[1] | {"source": "published"} == load(published)[1] | {"source": "published"}
-    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(published.parent))
-    assert common.load_dataset(common.load_task(TASK))[1]["path"] == str(published)
+    published = path.rename(tmp_path / f"{TASK}-v0.npz")
+    assert load(tmp_path)[1] == load(published)[1]
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    assert common.load_dataset(common.load_task(TASK))[1] == load(published)[1] | {"source": "published"}
 
 
-def test_without_a_home_it_says_what_to_set(path, monkeypatch):
+def test_a_home_that_is_missing_or_read_only_says_what_to_set(path, tmp_path, monkeypatch, capsys):
     """As in a container of a user that has no entry in /etc/passwd."""
-    monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])
-    load(path)  # needs none
+    monkeypatch.setenv("HOME", str(path))
+    with pytest.raises(
+        common.Error, match="cannot read or write .*data.npz.*or data in another folder by OGBENCH_DATA"
+    ):
+        common.load_dataset(common.load_task(TASK))
+    monkeypatch.delenv("HOME")
     with pytest.raises(common.Error, match="there is no home folder for ~/.ogbench/data: set HOME or OGBENCH_DATA"):
         common.load_dataset(common.load_task(TASK))
-
-
-def test_a_read_only_folder_is_a_warning(path, monkeypatch, capsys):
-    write_text = common.pathlib.Path.write_text
-
-    def refuse(target, text):
-        if target.name.endswith(".sha256"):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return write_text(target, text)
-
-    monkeypatch.setattr(common.pathlib.Path, "write_text", refuse)
+    (tmp_path / "data.npz.sha256").symlink_to("/proc/nowhere")  # which cannot be written
     load(path)
     assert "warning: later damage to" in capsys.readouterr().err
-
-
-def test_a_home_that_cannot_be_written_says_what_to_set(tmp_path, monkeypatch):
-    (tmp_path / "home").touch()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with pytest.raises(common.Error, match="cannot read or write .*home.*or data in another folder by OGBENCH_DATASE"):
-        common.load_dataset(common.load_task(TASK))
 
 
 # ------------------------------------------------------------------------------------------------------- generation
@@ -314,9 +297,9 @@ def test_an_episode_depends_on_its_number_alone(data_path, short_episodes):
     assert (raw["actions"][:41] != raw["actions"][1001:][:41]).any()
 
 
-# From OGBench's own generate_manipspace.py, its env.reset and np.random seeded per episode as here: the sum of the
-# first observation, and of the first 40 actions. (There, all arrays of an episode are the same bit for bit.) Actions lead the
-# arm to where it sees itself, so that what a processor rounds otherwise changes these sums by at most 3e-4.
+# From OGBench's own generate_manipspace.py, its env.reset and np.random seeded per episode as here: the sums of the
+# first observation, and of the first 40 actions. (There, all arrays of an episode are the same bit for bit.) An action
+# leads the arm from where it sees itself: what a processor rounds otherwise changes these sums by at most 3e-4.
 OFFICIAL = {
     "cube-single-play": (3.4348, [5.3727, -19.3436, -2.8973, 9.5072, 6.4911]),
     "cube-double-play": (1.1885, [5.2002, -19.3097, -4.5525, 9.0798, 7.0116]),
@@ -365,77 +348,48 @@ def test_a_generation_that_fails_is_named(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------- download
-def load_in_child(home, url, args, queue):
-    os.environ["HOME"] = home
-    ogbench.utils.DATASET_URL = url
-    queue.put(common.load_dataset(*args)[1])
-
-
-def load_twice_at_once(url, *args):
-    """What load_dataset gives in two processes that start together."""
-    context = multiprocessing.get_context("forkserver")
-    queue = context.Queue()
-    children = [context.Process(target=load_in_child, args=(os.environ["HOME"], url, args, queue)) for _ in range(2)]
-    for child in children:
-        child.start()
-    answers = [queue.get(timeout=120) for _ in children]
-    for child in children:
-        child.join()
-    return answers
-
-
 @pytest.fixture
-def serve(path, tmp_path):
-    """Serves the short file as TASK's published one over loopback: the URL, and the paths that were asked for."""
-    servers = []
+def server(path):
+    """Serves the short file over loopback, cut off after `size` bytes."""
 
-    def start(cut_short=False):
-        asked = []
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(path.stat().st_size))
+            self.end_headers()
+            self.wfile.write(path.read_bytes()[: server.size])
 
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self):
-                asked.append(self.path)
-                super().do_GET()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url, server.asked, server.size = f"http://127.0.0.1:{server.server_port}", [], None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
 
-            def copyfile(self, source, target):
-                target.write(source.read(1000 if cut_short else -1))
 
-            def log_message(self, *_):
-                pass
-
-        handler = functools.partial(Handler, directory=str(tmp_path / "served"))
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}", asked
-
-    (tmp_path / "served").mkdir()
-    shutil.copy(path, tmp_path / "served" / f"{TASK}-v0.npz")
-    yield start
-    for server in servers:
-        server.shutdown()
+def load_in_child(home, url, *args):
+    os.environ["HOME"], ogbench.utils.DATASET_URL = home, url
+    return common.load_dataset(common.load_task(TASK), *args)[1]
 
 
 @pytest.mark.slow
-def test_two_first_runs_make_a_file_once(empty_home, serve, data_path):
-    url, asked = serve()
-    first, second = load_twice_at_once(url, common.load_task(TASK))
-    assert first == second and first["source"] == "published" and asked == [f"/{TASK}-v0.npz"]
-    first, second = load_twice_at_once(url, common.load_task(TASK), None, 1)
-    assert first == second and first["source"] == "generated" and first["transitions"] == 1000
-    name = f"{TASK}-v0-generated1"
-    left = {path.name for path in empty_home.iterdir() if path.suffix != ".lock"}
-    assert left - {f"{TASK}-v0.npz", f"{TASK}-v0.npz.sha256"} == {
-        f"{name}-val.npz",
-        f"{name}.npz",
-        f"{name}.npz.sha256",
-    }
-    fewer, more = np.load(empty_home / f"{name}.npz"), np.load(data_path)
+def test_two_first_runs_make_a_file_once(empty_home, server, data_path):
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("forkserver")) as pool:
+        for args, source in ((), "published"), ((None, 1), "generated"):
+            both = [pool.submit(load_in_child, os.environ["HOME"], server.url, *args) for _ in range(2)]
+            first, second = (each.result() for each in both)
+            assert first == second and first["source"] == source
+    assert server.asked == [f"/{TASK}-v0.npz"]
+    names = [f"{TASK}-v0-generated1-val.npz", f"{TASK}-v0-generated1.npz", f"{TASK}-v0.npz"]
+    assert sorted(path.name for path in empty_home.iterdir() if path.suffix not in (".lock", ".sha256")) == names
+    fewer, more = np.load(empty_home / names[1]), np.load(data_path)
     for key in more.files:  # fewer episodes are the first of more
         np.testing.assert_array_equal(fewer[key], more[key][:1001])
 
 
-def test_a_download_that_fails_leaves_nothing_and_says_what_helps(empty_home, serve, monkeypatch):
-    for url in (serve(cut_short=True)[0], "http://127.0.0.1:9"):
+def test_a_download_that_fails_leaves_nothing_and_says_what_helps(empty_home, server, monkeypatch):
+    server.size = 1000
+    for url in (server.url, "http://127.0.0.1:9"):
         monkeypatch.setattr(ogbench.utils, "DATASET_URL", url)
         with pytest.raises(common.Error, match=f"cannot download {url}/.*put the file at {empty_home}.*--generate-epi"):
             common.load_dataset(common.load_task(TASK))

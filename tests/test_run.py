@@ -1,5 +1,6 @@
 """Real runs from the command line: what they print and write, how they stop and go on; each script."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import gymnasium
@@ -21,11 +23,11 @@ from run import load_policy, load_run, read_rows
 
 pytestmark = pytest.mark.slow
 FILES = ("train.csv", "eval.csv", "episodes.csv", "checkpoint.msgpack")
-SMALL = "--hidden-dims 16 16 --batch-size 16 --eval-episodes 2 --num-workers 1"
+SMALL = "--hidden-dims 16 16 --batch-size 16 --num-workers 1"
 PENDULUM = (
-    f"{ROOT}/algos/dmfql.py --env-name Pendulum-v1 --dataset-path data.npz --seeds 5 6 --num-updates 20000 {SMALL}"
+    f"{ROOT}/algos/dmfql.py --env-name Pendulum-v1 --dataset-path data.npz --seeds 5 6 --num-updates 10000 {SMALL}"
 )
-PENDULUM += " --num-samples 2 --alpha 1 --delta 0.1"  # a chunk is of 250 updates, a tenth of 2000
+PENDULUM += " --eval-episodes 2 --num-samples 2 --alpha 1 --delta 0.1"  # a chunk is of 250 updates, a tenth of 1000
 ENDS = {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
@@ -73,11 +75,11 @@ def test_what_a_run_prints_and_writes(whole):
         assert part in out
     assert {path.name for path in folder.iterdir()} - {".lock"} == {"args.json", *FILES}
     record = json.loads((folder / "args.json").read_text())
-    assert record["args"]["num_updates"] == 20000 and len(record["data"]["sha256"]) == 64 and record["commit"]
+    assert record["args"]["num_updates"] == 10000 and len(record["data"]["sha256"]) == 64 and record["commit"]
     train, evals, episodes = (read_rows(folder / name) for name in FILES[:3])
     assert train[0].keys() >= {"step", "seed", "diverged", "critic_loss", "flow_loss", "q_grad_norm"}
-    assert [row["step"] for row in train[::2]] == [str(step) for step in range(250, 20001, 250)]
-    steps = range(2000, 20001, 2000)
+    assert [row["step"] for row in train[::2]] == [str(step) for step in range(250, 10001, 250)]
+    steps = range(1000, 10001, 1000)
     assert [(row["step"], row["seed"]) for row in evals] == [(str(step), seed) for step in steps for seed in "56"]
     assert len(episodes) == 40
     for row in evals:
@@ -114,8 +116,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(kind, whole, decoys, tmp_
     last_step = lambda name: int(([{"step": 0}] + read_rows(folder / name))[-1]["step"])
     for name, target, phase in STOPS[kind]:
         process, begun_at, trained, evaluated = start(command, cwd, PYTHONPATH=decoys), last_step("train.csv"), 0, 0
-        evaluates = lambda trained, evaluated: trained % 2000 == 0 and trained > evaluated
-        trains = lambda trained, evaluated: 0 < trained % 2000 < 1000
+        evaluates = lambda trained, evaluated: trained % 1000 == 0 and trained > evaluated
+        trains = lambda trained, evaluated: trained % 1000 == 250
         while trained <= begun_at or not (evaluates if phase == "evaluation" else trains)(trained, evaluated):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -125,11 +127,11 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(kind, whole, decoys, tmp_
         assert process.returncode == ENDS[name] and "Traceback" not in err, err
         if name == "SIGKILL":  # two lines of what outran the checkpoint, the second cut short
             with open(folder / "train.csv", "a") as file:
-                file.write("19999,5,0,0.1,0.1,0.1,0.1\n19999,6,0.")
+                file.write("9999,5,0,0.1,0.1,0.1,0.1\n9999,6,0.")
         else:
             step = load_run(folder)[2]
             assert out.splitlines()[-1] == f"stopped at update {step:,}; go on by: python {again}"
-            assert step == last_step("train.csv") and (step % 2000 == 0) == (phase == "evaluation"), step
+            assert step == last_step("train.csv") and (step % 1000 == 0) == (phase == "evaluation"), step
         command = again
         for _ in range(100):  # the workers end by themselves
             if left := subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
@@ -149,6 +151,15 @@ def test_seeds_on_devices_of_their_own_give_the_same_numbers(whole, tmp_path):
     assert_same_end(tmp_path / "run", whole[0])
 
 
+def test_a_run_in_a_thread_gives_the_same_numbers(whole, tmp_path):
+    """As in a notebook's background job: no signal can be caught there."""
+    module, args, _, _ = load_run(whole[0])
+    thread = threading.Thread(target=module.main, args=[dataclasses.replace(args, folder=str(tmp_path / "run"))])
+    thread.start()
+    thread.join()
+    assert_same_end(tmp_path / "run", whole[0])
+
+
 def test_policies_played_again_score_what_they_scored(whole, decoys):
     """The run's last evaluation, episode by episode, by other workers; and with one sample, other numbers."""
     folder, _ = whole
@@ -162,7 +173,7 @@ def test_policies_played_again_score_what_they_scored(whole, decoys):
 def test_a_policy_from_a_runs_folder(whole):
     policy, second = load_policy(whole[0]), load_policy(whole[0], index=1)
     module, args, step, states = load_run(whole[0])
-    assert step == 20000
+    assert step == 10000
     obs, key = np.array([0.6, 0.8, 1.0]), jax.random.PRNGKey(3)
     action = policy(obs, key)
     assert gymnasium.spaces.Box(-1, 1, (1,)).contains(action) and policy(obs).shape == (1,)
@@ -175,19 +186,21 @@ def test_a_policy_from_a_runs_folder(whole):
 def test_every_script_runs(name, hand, tmp_path):
     """On D4RL's hands; OGBench's environments are the subject of test_ogbench."""
     record_hand(hand, tmp_path / "data.hdf5")
-    flags = f"--env-name {hand}-expert-v1 --dataset-path data.hdf5 --num-updates 20 --folder run {SMALL}"
+    flags = (
+        f"--env-name {hand}-expert-v1 --dataset-path data.hdf5 --num-updates 20 --eval-episodes 1 --folder run {SMALL}"
+    )
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # to compile
     out = finish(start(f"{ROOT}/algos/{name}.py {flags}", tmp_path, **quick))
     assert out.startswith(f"{name} on {hand}-expert-v1, scored by normalized return in {hand}\n") and "given, " in out
     last = read_rows(tmp_path / "run" / "eval.csv")[-1]
     assert f"score: {float(last['score']):.1f} +- 0.0 normalized return\n" in out  # the last evaluation alone
     episodes = read_rows(tmp_path / "run" / "episodes.csv")
-    assert len(episodes) == 20 and all(-60 < float(row["score"]) < 120 for row in episodes)
+    assert len(episodes) == 10 and all(-60 < float(row["score"]) < 120 for row in episodes)
 
 
 def test_ogbench(data_path, tmp_path):
     """The first command of the README in small; each value that the paper has is taken and recorded."""
-    command = f"{ROOT}/algos/dmfql.py --env-name {TASK} --generate-episodes 4 --num-updates 20 --folder run {SMALL}"
+    command = f"{ROOT}/algos/dmfql.py --env-name {TASK} --generate-episodes 4 --num-updates 20 --eval-episodes 1 --folder run {SMALL}"
     out = finish(start(command, tmp_path))
     assert f"dmfql on {TASK}, scored by % success in cube-single-singletask-v0\n" in out
     assert f"  data    {data_path}\n          generated, 4,000 transitions" in out and "16, 18, 20 updates" in out
