@@ -1,10 +1,11 @@
 """Times training and evaluation, beside FQL's official code and the DOAL authors' code where clones of them are given.
 
-    python scripts/benchmark.py --algos dmfql --num-seeds 1 8
-    python scripts/benchmark.py --num-seeds 1 --eval-episodes 50 --fql-dir ../fql --doal-dir ../DOAL
+    python scripts/benchmark.py --algos dmfql                                            # ours, 1 seed and 8
+    python scripts/benchmark.py --num-seeds 1 --fql-dir ../fql --doal-dir ../DOAL        # every file beside theirs
+    python scripts/benchmark.py --num-seeds 1 --fql-dir ../fql --algos ifql fql --eval-episodes 50
 
-The clones are github.com/seohongpark/fql and github.com/Xyu-Chern/DOAL at 155f517, and what they import beside our
-requirements is installed by `pip install distrax ml_collections jaxopt`.
+The clones are github.com/seohongpark/fql and, at 155f517, github.com/Xyu-Chern/DOAL; what they import beside our
+requirements comes by `pip install distrax ml_collections jaxopt`.
 
 Each contestant is a process of its own. They take turns, and a ratio compares two of the same turn, so that the load of
 the machine hardly matters. Each is driven as its own main does: ours by one call for all updates of a turn, FQL's by a

@@ -264,8 +264,8 @@ def run_here(cells: list[Cell], jobs: int, gpus: int) -> int:
         return failed
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, ask_to_stop)
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP under nohup
+            signal.signal(number, ask_to_stop)  # SIGINT in any case: the runs would inherit that it is ignored
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # when a job's time is up, SLURM sends it to all that runs in it
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         failed = sum(pool.map(bring, cells))

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import pytest
 
 import common
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background, which ignores it
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASK = "cube-single-play"
 EPISODES = 4

@@ -50,7 +50,6 @@ def quick():
 @pytest.fixture(autouse=True)
 def handlers():
     """The signals' handlers of before are put back."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield before
     for number, handler in before.items():
