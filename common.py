@@ -25,6 +25,7 @@ import sys
 import threading
 import typing
 import urllib.request
+import zipfile
 
 os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes that draw nothing
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run needs 2 GB of a GPU, so that several share one
@@ -411,7 +412,8 @@ def read_npz(path: pathlib.Path, task: Task) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             raw = {key: file[key] for key in widths}
     except Exception as error:  # a damaged file can make its readers raise anything
-        raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({error}; an .npz with {', '.join(widths)})")
+        why = error if zipfile.is_zipfile(path) else "it is no whole .npz file"  # NumPy takes it for a pickle
+        raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({why}; an .npz with {', '.join(widths)})")
     steps = raw["terminals"].size
     for key, width in widths.items():
         shape = (steps,) if width is None else (steps, width)

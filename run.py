@@ -243,7 +243,7 @@ class Run:
             self.device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         except (RuntimeError, AssertionError) as error:  # the second where jax has no plugin for it
             platforms = os.environ.get("JAX_PLATFORMS")
-            raise Error(f"JAX_PLATFORMS={platforms} cannot be had here ({error or 'no such device'}): unset it")
+            raise Error(f"JAX_PLATFORMS={platforms} cannot be had here ({str(error) or 'no such device'}): unset it")
         if args.capture_video:
             rendering_backend()  # better now than after the run
         self.handlers = {}  # what signals did before
