@@ -46,6 +46,8 @@ class Error(SystemExit):
     """Something the user can fix: ends the program with its one sentence and exit code 1, without a traceback."""
 
     def __init__(self, sentence: str):
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()  # so that the sentence has a line of its own
         super().__init__(f"error: {sentence}")
 
 

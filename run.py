@@ -357,7 +357,8 @@ class Run:
         self.bar.update(self.chunk)
         if len(self.diverged) == len(rows):
             self.close()
-            raise Error(f"every seed diverged by update {step:,}: lower --learning-rate, and see {self.folder}")
+            raise Error(f"every seed diverged by update {step:,} (see {self.folder / 'train.csv'}): "
+                        f"lower --learning-rate, or the data's rewards")  # fmt: skip
 
     def log_scores(self, step: int, scores: np.ndarray):
         """Records an evaluation, the scores [seeds, episodes]."""

@@ -327,7 +327,9 @@ def test_a_seed_that_diverges_is_marked_and_leaves_the_others_alone(small, begin
             assert new == old or new["seed"] == "6"
             assert not late or name == "train.csv" or new["score"] == "nan" != old["score"]
     record = begin(folder="other")
-    with pytest.raises(common.Error, match="every seed diverged by update 4: lower --learning-rate, and see other"):
+    with pytest.raises(
+        common.Error, match=r"every seed diverged by update 4 \(see other/train.csv\): lower --learning-rate"
+    ):
         for step, q in ((2, [1.0, np.inf]), (4, [np.nan, 1.0])):
             record.log(step, {"q": np.array(q)})
 
