@@ -200,11 +200,12 @@ def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
             axis.plot(mean.index, mean, line, color=color, label=name + "s" * (len(seeds.columns) > 1))
             axis.fill_between(mean.index, mean - std, mean + std, alpha=0.2, color=color, linewidth=0)
         axis.set(title=task, xlabel="updates", ylabel=rows.unit.iloc[0])
-        axis.set_ylim(*((0, 100) if rows.unit.iloc[0] == "% success" else ()))
+        if rows.unit.iloc[0] == "% success":
+            axis.set_ylim(0, 100)
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
         axis.legend(fontsize=8)
-    text = f"{title}. Lines are means over seeds, bands are ± 1 standard deviation.\n"
-    figure.suptitle(text + textwrap.fill(label(rows), int(12 * size[0])), fontsize=10)
+    lines = f"{title}: mean over seeds, band ± 1 standard deviation", label(rows)
+    figure.suptitle("\n".join(textwrap.fill(line, int(13 * size[0])) for line in lines), fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

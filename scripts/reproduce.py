@@ -120,15 +120,13 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
     a table sets one itself, or if there is no such table, task or column."""
     field = lambda flag: re.sub("^--(no-)?|=.*", "", flag.replace("_", "-")).replace("-", "_")
     groups = [group.split("\0") for group in re.split("\0(?=--)", "\0".join(flags)) if group]  # each flag, its values
-    cells, unknown = (
-        [],
-        {*selection.targets, *selection.tasks, *selection.algos, *(field(group[0]) for group in groups)},
-    )
+    given, cells = {field(words[0]): words for words in groups}, []
+    unknown = {*selection.targets, *selection.tasks, *selection.algos, *given}
     for table, column, algo, kind, seeds, *own in map(str.split, EXPERIMENTS.strip().splitlines()[1:]):
         if table not in selection.targets or (selection.algos and column not in selection.algos):
             continue
         module = common.load_algo(algo)
-        known = {field(words[0]): words for words in groups if hasattr(module.Args, field(words[0]))}
+        known = {name: words for name, words in given.items() if hasattr(module.Args, name)}
         if taken := {"env_name", "folder", "resume", *map(field, own)}.intersection(known):
             raise common.Error(f"{table} sets {', '.join(sorted(taken))} itself: leave it out after --")
         unknown -= {table, column, *known}
@@ -137,9 +135,12 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
             if kind not in ("all", family) or (selection.tasks and task not in selection.tasks):
                 continue
             unknown.discard(task)
-            words = sum(({"seeds": ["--seeds", *SEEDS[seeds].split()]} | known).values(), ["--env-name", task])
-            plain, args = (tyro.cli(module.Args, args=given) for given in (words, words + own))
-            plain, args = (common.resolve(given, common.load_task(task), module.PAPER) for given in (plain, args))
+            words = ["--env-name", task, *sum(known.values(), [])]
+            words += [] if "seeds" in known else ["--seeds", *SEEDS[seeds].split()]
+            plain, args = (
+                common.resolve(tyro.cli(module.Args, args=words + more), common.load_task(task), module.PAPER)
+                for more in ([], own)
+            )
             run = algo if args == plain else f"{algo}_{'='.join(own)[2:]}"  # alike where delta=0.1 is the paper's value
             run += "_4-seeds" * (seeds == "4" and "seeds" not in known)
             folder = pathlib.Path("runs", selection.name, task, run)
