@@ -66,7 +66,7 @@ def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
 
 def read_run(cell: Cell, folder: pathlib.Path, record: dict) -> pd.DataFrame:
     """The evaluations of a run that fills a cell, a row per seed and step."""
-    read = lambda name, *more: pd.DataFrame(read_rows(folder / name), columns=["seed", "step", *more], dtype=float)
+    read = lambda name, *more: pd.DataFrame(read_rows(folder / name), columns=["seed", "step", *more]).astype(float)
     task, end, column = common.load_task(cell.task), cell.args.num_updates, cell.column
     rows, train = read("eval.csv", "score"), read("train.csv", "diverged", "q_grad_norm")
     diverged = train[train.diverged == 1].groupby("seed").step.min()
