@@ -13,7 +13,7 @@ does: ours by one call for all updates of a turn, FQL's by a call per update wit
 by a call per 20 updates with 20 such batches. Networks and batches have the paper's sizes; data are random, since no
 time depends on their values.
 
-"Of the products' rate": the time that an update's operations (XLA's count) take at the rate of a large matrix product
+"Of a product's rate": the time that an update's operations (XLA's count) take at the rate of a large matrix product
 of the same turn, over the time that the update takes.
 """
 
@@ -43,7 +43,7 @@ DOAL |= {"etrigflow": ("trigflow", {"use_q_loss": True}), "mfql_bptt": ("mfql", 
 DOAL |= {"mfrebrac": ("dmfrebrac", {"alpha": 0.0})}  # their name of delta; they compute the gradient of Q all the same
 SCAN = 20  # updates per call of the authors' code
 TRANSITIONS = 1_000_000
-COLUMNS = ["file", "updates/s", "of the products' rate", "times FQL's code", "times the authors' code"]
+COLUMNS = ["file", "updates/s", "of a product's rate", "times FQL's speed", "times the authors' speed"]
 COLUMNS += ["s/episode", "FQL's s/episode"]
 
 
