@@ -53,8 +53,8 @@ class Film(common.Slots):
             env = self.envs[slot]
             frame = np.ascontiguousarray(env.render())
             if slot not in self.writers:
-                path, size = self.folder / f"episode-{slot}.mp4", frame.shape[1::-1]
-                self.writers[slot] = imageio_ffmpeg.write_frames(path, size, fps=env.metadata.get("render_fps", 20))
+                path, fps = self.folder / f"episode-{slot}.mp4", env.metadata.get("render_fps", 20)
+                self.writers[slot] = imageio_ffmpeg.write_frames(path, frame.shape[1::-1], fps=fps)
                 self.writers[slot].send(None)
             self.writers[slot].send(frame)
             if score is not None:
@@ -73,30 +73,31 @@ def main(args: Args):
     module, run, step, states = load_run(args.folder)
     if step < run.num_updates:
         raise common.Error(f"{args.folder} is not finished: go on with it by --resume, then play")
-    task, num_seeds = common.load_task(run.env_name, run.dataset_path), len(run.seeds)
     if args.num_samples and not hasattr(run, "num_samples"):
         raise common.Error(f"{args.folder} does not act by MaxQ: leave --num-samples out")
-    path = args.folder / "num_samples.csv"
     try:
         common.lock(args.folder / ".lock")
     except filelock.Timeout:
         raise common.Error(f"{args.folder} is in use by another process: let that one end, or stop it")
-    done = {row["num_samples"] for row in read_rows(path)}
+    task, seeds = common.load_task(run.env_name, run.dataset_path), run.seeds
     workers = args.num_workers or common.usable_cores()
-    slots = common.slots_per_seed(num_seeds, run.eval_episodes, workers)
-    envs = common.Environments(task, slots * num_seeds, workers) if args.num_samples else None
-    for n in [n for n in args.num_samples if str(n) not in done]:
-        policy = functools.partial(module.act, dataclasses.replace(run, num_samples=n), states)
-        scores = common.evaluate(policy, envs, run.seeds, step, run.eval_episodes, run.eval_seed).mean(axis=1)
-        keys = [{"step": step, "seed": seed, "num_samples": n} for seed in run.seeds]
-        append_rows(path, [key | {"score": f"{score:.6g}"} for key, score in zip(keys, scores)])
-        print(f"{n} samples: {scores.mean():.1f} +- {scores.std():.1f} {task.unit}", flush=True)
-    if args.capture_video:
-        policy = lambda obs, keys: module.act(run, states, *(np.repeat(x, num_seeds, axis=0) for x in (obs, keys)))[:1]
+    slots = common.slots_per_seed(len(seeds), run.eval_episodes, workers)
+    if args.num_samples:
+        path = args.folder / "num_samples.csv"
+        done = {row["num_samples"] for row in read_rows(path)}
+        envs = common.Environments(task, slots * len(seeds), workers)
+        for n in [n for n in args.num_samples if str(n) not in done]:
+            policy = functools.partial(module.act, dataclasses.replace(run, num_samples=n), states)
+            scores = common.evaluate(policy, envs, seeds, step, run.eval_episodes, run.eval_seed).mean(axis=1)
+            rows = zip(seeds, scores)
+            append_rows(path, [{"step": step, "seed": s, "num_samples": n, "score": f"{x:.6g}"} for s, x in rows])
+            print(f"{n} samples: {scores.mean():.1f} +- {scores.std():.1f} {task.unit}", flush=True)
+    if args.capture_video:  # the first seed's first episodes; the policy acts for all seeds
+        policy = lambda obs, keys: module.act(run, states, *(np.repeat(x, len(seeds), axis=0) for x in (obs, keys)))[:1]
         warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once
-        film = Film(task, min(slots, 4), slots, args.folder)
-        scores = common.evaluate(policy, film, run.seeds[:1], step, min(slots, 4), run.eval_seed)[0]
-        for episode, score in enumerate(scores):
+        films = min(slots, 4)
+        scores = common.evaluate(policy, Film(task, films, slots, args.folder), seeds[:1], step, films, run.eval_seed)
+        for episode, score in enumerate(scores[0]):
             print(f"{args.folder}/episode-{episode}.mp4: score {score:.1f}", flush=True)
 
 

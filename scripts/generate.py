@@ -30,13 +30,7 @@ import common
 
 EPISODE_STEPS = 1001
 NOISE = dict(noise=0.1, noise_smoothing=0.5)
-STACKING = {
-    "single": (0, 0),
-    "double": (0, 0.25),
-    "triple": (0.05, 0.35),
-    "quadruple": (0.1, 0.5),
-    "octuple": (0, 0.35),
-}
+STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5), octuple=(0, 0.35))
 VALIDATION = 1_000_000  # validation episode j is episode VALIDATION + j, however many there are to train on
 
 
@@ -63,13 +57,10 @@ def make_oracles(env: gymnasium.Env, dataset: str) -> dict:
     """The oracle of each kind of target that the environment can set."""
     from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 
-    if dataset.startswith("cube"):
-        return {"cube": cube_plan.CubePlanOracle(env=env, **NOISE)}
-    if dataset.startswith("puzzle"):
-        return {"button": button_plan.ButtonPlanOracle(env=env, gripper_always_closed=True, **NOISE)}
+    closed = {"gripper_always_closed": True} if dataset.startswith("puzzle") else {}
     return {
         "cube": cube_plan.CubePlanOracle(env=env, **NOISE),
-        "button": button_plan.ButtonPlanOracle(env=env, **NOISE),
+        "button": button_plan.ButtonPlanOracle(env=env, **closed, **NOISE),
         "drawer": drawer_plan.DrawerPlanOracle(env=env, **NOISE),
         "window": window_plan.WindowPlanOracle(env=env, **NOISE),
     }
@@ -98,8 +89,7 @@ def collect_episode(dataset: str, episode: int) -> dict[str, np.ndarray]:
         oracles = make_oracles(env, dataset)
         oracle = oracles[info["privileged/target_task"]]
         oracle.reset(obs, info)
-        steps = collections.defaultdict(list)
-        done = False
+        steps, done = collections.defaultdict(list), False
         while not done:
             np.random.rand()  # the official script draws here too, to decide on a random action that it never takes
             action = np.clip(oracle.select_action(obs, info), -1, 1)
@@ -109,18 +99,14 @@ def collect_episode(dataset: str, episode: int) -> dict[str, np.ndarray]:
                 target_obs, target_info = env.unwrapped.set_new_target(p_stack=p_stack)
                 oracle = oracles[target_info["privileged/target_task"]]
                 oracle.reset(target_obs, target_info)
-            steps["observations"].append(obs)
-            steps["actions"].append(action)
-            steps["terminals"].append(done)
-            steps["qpos"].append(info["prev_qpos"])
-            steps["qvel"].append(info["prev_qvel"])
-            if "prev_button_states" in info:
-                steps["button_states"].append(info["prev_button_states"])
+            row = {"observations": obs, "actions": action, "terminals": done}
+            row |= {key: info[f"prev_{key}"] for key in ("qpos", "qvel", "button_states") if f"prev_{key}" in info}
+            for key, value in row.items():
+                steps[key].append(value)
             obs = next_obs
-        dtypes = {"terminals": bool, "button_states": np.int64}
-        arrays = {key: np.array(values, dtypes.get(key, np.float32)) for key, values in steps.items()}
         if healthy(dataset, np.array(steps["qpos"])):
-            return arrays
+            dtypes = {"terminals": bool, "button_states": np.int64}
+            return {key: np.array(values, dtypes.get(key, np.float32)) for key, values in steps.items()}
 
 
 def generate(dataset: str, num_episodes: int, path: pathlib.Path):

@@ -7,7 +7,7 @@
 
 Flags after -- go to every algorithm that has them. A new run is started, an interrupted one resumed, a finished one
 skipped: the same command goes on wherever it was stopped. Ctrl-C lets the runs save.
-`python scripts/report.py` with the same arguments makes tables and figures.
+`python scripts/report.py` with the same arguments makes tables and curves.
 """
 
 import concurrent.futures
@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import queue
 import re
 import shlex
 import signal
@@ -36,7 +35,7 @@ from run import identity, read_args, read_record, read_rows
 
 jax.config.update("jax_platforms", "cpu")  # in this process alone: the GPUs are the runs'
 
-SEEDS = {"8": (111, 222, 333, 444, 555, 666, 777, 888), "4": (11, 22, 33, 44)}  # the paper's: 4 for its ablations
+SEEDS = {"8": "111 222 333 444 555 666 777 888", "4": "11 22 33 44"}  # the paper's: 4 for its ablations
 NUM_SAMPLES = ("1", "2", "4", "8", "16", "32", "64", "128")  # each run of Table 4 is evaluated with all of these
 EXPERIMENTS = """
 table    column                algorithm  tasks    seeds  flags
@@ -88,11 +87,11 @@ class Args(Selection):
     jobs: int = 1
     """runs at a time, on this machine"""
     gpus: int | None = None
-    """GPUs of each run (None: all that are visible; on SLURM, none)"""
+    """GPUs of each run (None: all that it sees; on SLURM, none)"""
     cpus: int = 8
     """CPU cores of each run, on SLURM"""
-    hours: float = 24
-    """time limit of a job of SLURM, at which it saves, is queued again, and resumes"""
+    hours: int = 24
+    """time limit on SLURM, at which a job saves and is queued again"""
     slurm: tuple[str, ...] = ()
     """more options of sbatch, like partition=long account=me"""
     dry_run: bool = False
@@ -116,42 +115,34 @@ def question(algo: str, args) -> dict:
     return identity(algo, args) | {"dataset_path": args.dataset_path, "generate_episodes": args.generate_episodes}
 
 
-def parse(module, task: str, words: list[str]):
-    """What the flags `words` are to an algorithm, with the paper's values. Raises Error if one is impossible."""
-    return common.resolve(tyro.cli(module.Args, args=words), common.load_task(task), module.PAPER)
-
-
 def expand(selection: Selection, flags: list[str]) -> list[Cell]:
-    """The selected cells, with `flags` given to every algorithm that has them.
-
-    Raises Error if there is no such table, task, column or flag, or if a table sets one of the flags itself.
-    """
-    field_of = lambda flag: re.sub("^(no_)?|=.*", "", flag[2:].replace("-", "_"))
-    cells, given, field = [], {}, ""  # given: {field of an algorithm's Args: the words that set it}
-    for word in flags:
-        field = field_of(word) if word.startswith("--") else field
-        given.setdefault(field or word, []).append(word)
+    """The selected cells, with `flags` given to every algorithm that has them. Raises Error if none has one of them, if
+    a table sets one itself, or if there is no such table, task or column."""
+    field = lambda flag: re.sub("^--(no-)?|=.*", "", flag.replace("_", "-")).replace("-", "_")
+    groups = [group.split("\0") for group in re.split("\0(?=--)", "\0".join(flags)) if group]  # each flag, its values
+    given, cells = {field(words[0]): words for words in groups}, []
     unknown = {*selection.targets, *selection.tasks, *selection.algos, *given}
     for table, column, algo, kind, seeds, *own in map(str.split, EXPERIMENTS.strip().splitlines()[1:]):
-        unknown -= {table}
         if table not in selection.targets or (selection.algos and column not in selection.algos):
             continue
         module = common.load_algo(algo)
-        known = [field for field in given if field in module.Args.__dataclass_fields__]
-        if taken := {"env_name", "folder", "resume", *map(field_of, own)}.intersection(known):
+        known = {name: words for name, words in given.items() if hasattr(module.Args, name)}
+        if taken := {"env_name", "folder", "resume", *map(field, own)}.intersection(known):
             raise common.Error(f"{table} sets {', '.join(sorted(taken))} itself: leave it out after --")
-        unknown -= {column, *known}
+        unknown -= {table, column, *known}
         for task in common.PAPER:
             family = "adroit" if task in adroit.TASKS else "ogbench"
             if kind not in ("all", family) or (selection.tasks and task not in selection.tasks):
                 continue
             unknown.discard(task)
-            words = ["--env-name", task, *(word for field in known for word in given[field])]
-            words += [] if "seeds" in given else ["--seeds", *map(str, SEEDS[seeds])]
-            args = parse(module, task, words + own)
-            new = own and args != parse(module, task, words)  # it is not where delta=0.1 is the paper's value
-            run = " ".join([algo, *own] if new else [algo]).replace(" --", "_").replace(" ", "=")
-            run += "_4-seeds" if seeds == "4" and "seeds" not in given else ""
+            words = ["--env-name", task, *sum(known.values(), [])]
+            words += [] if "seeds" in known else ["--seeds", *SEEDS[seeds].split()]
+            plain, args = (
+                common.resolve(tyro.cli(module.Args, args=words + more), common.load_task(task), module.PAPER)
+                for more in ([], own)
+            )
+            run = algo if args == plain else f"{algo}_{'='.join(own)[2:]}"  # alike where delta=0.1 is the paper's value
+            run += "_4-seeds" * (seeds == "4" and "seeds" not in known)
             folder = pathlib.Path("runs", selection.name, task, run)
             cells.append(Cell(table, task, column, algo, (*words, *own), args, folder))
     if unknown:
@@ -204,21 +195,17 @@ class Job:
 
 
 def submit(cells: list[Cell], args: Args, flags: list[str]):
-    """Gives SLURM a job for each cell, and leaves. Raises Error if it takes none."""
+    """Gives SLURM a job for each cell, and leaves."""
     import submitit
 
     more = dict(option.partition("=")[::2] for option in args.slurm)
     more |= {"gpus_per_node": args.gpus} if args.gpus else {}
     for cell in cells:
         words = [cell.table, "--tasks", cell.task, "--algos", cell.column, "--name", args.name, "--", *flags]
-        try:
-            executor = submitit.AutoExecutor("runs/.jobs", cluster="slurm", slurm_max_num_timeout=10**6)
-            executor.update_parameters(timeout_min=round(60 * args.hours), cpus_per_task=args.cpus)
-            executor.update_parameters(name=f"{cell.folder.name}-{cell.task}", slurm_additional_parameters=more)
-            job = executor.submit(Job([sys.executable, __file__, *words]))
-        except (RuntimeError, submitit.core.utils.FailedJobError) as error:
-            raise common.Error(f"SLURM takes no job ({str(error).strip().splitlines()[-1]}): see --cluster and --slurm")
-        print(f"job {job.job_id}  {cell.folder}", flush=True)
+        executor = submitit.AutoExecutor("runs/.jobs", cluster="slurm", slurm_max_num_timeout=10**6)
+        executor.update_parameters(name=f"{cell.folder.name}-{cell.task}", slurm_additional_parameters=more)
+        executor.update_parameters(timeout_min=60 * args.hours, cpus_per_task=args.cpus)
+        print(f"job {executor.submit(Job([sys.executable, __file__, *words])).job_id}  {cell.folder}", flush=True)
 
 
 def run_here(cells: list[Cell], jobs: int, gpus: int) -> int:
@@ -229,9 +216,8 @@ def run_here(cells: list[Cell], jobs: int, gpus: int) -> int:
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jobs * gpus)))).split(",")
     if len(visible) < jobs * gpus:
         raise common.Error(f"--jobs {jobs} --gpus {gpus} take more GPUs than CUDA_VISIBLE_DEVICES has: lower them")
-    stop, shares = threading.Event(), queue.SimpleQueue()
-    for i in range(jobs):
-        shares.put({"CUDA_VISIBLE_DEVICES": ",".join(visible[i * gpus : (i + 1) * gpus])} if gpus else {})
+    shares = [{"CUDA_VISIBLE_DEVICES": ",".join(visible[i * gpus :][:gpus])} if gpus else {} for i in range(jobs)]
+    stop = threading.Event()
 
     def ask_to_stop(number, frame):
         stop.set()
@@ -241,25 +227,31 @@ def run_here(cells: list[Cell], jobs: int, gpus: int) -> int:
         """Brings a run to its end, and tells how it ended: whether it failed."""
         if stop.is_set():
             return False
-        print(f"start     {cell.folder}", flush=True)
-        share, code, log = shares.get(), 0, pathlib.Path(f"{cell.folder}.log")
+        share, code, words, log = shares.pop(), 0, "", pathlib.Path(f"{cell.folder}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # held so that a second reproduce.py leaves this run alone
+            held = common.lock(log.with_name(f".{cell.folder.name}.lock"))
+            print(f"start     {cell.folder}", flush=True)
             while not (code or stop.is_set()) and (command := look(cell)[1]):
                 command = [sys.executable, common.ROOT / command[0], *command[1:]]
                 with open(log, "a") as out:
                     process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | share, process_group=0)
                 while (code := process.poll()) is None:
-                    if stop.wait(0.2):  # SLURM sends SIGTERM to it as well, and a second of a kind ends it unsaved
+                    if stop.wait(0.2):  # a second signal would end it unsaved: hence a process group of its own
                         process.send_signal(signal.SIGINT)
                         process.wait()
+            held.release()
             state, text = look(cell)[0], re.sub("[^\r\n]*(update/s|s/update)]", "", log.read_text())  # without bars
             lines = re.findall(r"score:.*" if state == "finished" else r"\S.*", text.replace("\r", "\n"))
             words = f"ended by {signal.Signals(-code).name}" if code < 0 else (lines or [str(log)])[-1]
+        except filelock.Timeout:
+            state = "running"
         except common.Error as error:
             state, words = "FAILED", str(error)
-        shares.put(share)
-        failed = state not in ("finished", "running") and not stop.is_set()  # running: another process was first
+        shares.append(share)
+        failed = state not in ("finished", "running") and not stop.is_set()
+        words = "(another process trains it)" if state == "running" else words
         print(f"{'FAILED' if failed else state:10}{cell.folder}  {words}", flush=True)
         return failed
 
@@ -274,8 +266,7 @@ def run_here(cells: list[Cell], jobs: int, gpus: int) -> int:
 
 def main(args: Args, flags: list[str]):
     """Tells what there is to run, and runs it. Raises Error if any run failed."""
-    if min(args.jobs, args.cpus, args.hours, args.gpus or 1) <= 0:
-        raise common.Error("--jobs, --gpus, --cpus and --hours are impossible: they are positive numbers")
+    common.check_numbers(args)
     if not args.targets:
         raise common.Error("nothing is selected: name tables or figures, like table1")
     cells = sorted(expand(args, flags), key=lambda cell: cell.table == "table4")  # their runs are evaluated again
