@@ -5,7 +5,7 @@
     python scripts/benchmark.py --fql-dir ../fql --algos ifql fql --eval-episodes 50
 
 The clones are github.com/seohongpark/fql and, at 155f517, github.com/Xyu-Chern/DOAL; what they import beside our
-requirements comes by `pip install distrax ml_collections jaxopt`. The output is a Markdown table.
+requirements comes by `pip install distrax ml_collections jaxopt tfp-nightly`. The output is a Markdown table.
 
 Each contestant is a process of its own. They take turns, and a ratio compares two of the same turn, so that the load of
 the machine hardly matters; it is shown as its median over the turns (and its range). Each is driven as its own main
