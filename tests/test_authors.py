@@ -76,6 +76,7 @@ def test_losses_gradients_and_actions_are_the_authors(name, monkeypatch):
     assert_close(action, AUTHORS[f"{name}/act"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["iql", *FLOWS, *DIFFUSIONS])
 def test_twenty_updates_are_the_authors(name, monkeypatch):
     algo, args, state = start(name, monkeypatch)

@@ -66,6 +66,7 @@ def test_losses_gradients_and_actions_are_those_of_fql(case, monkeypatch):
     assert_close(algo.act(args, states, BATCH.obs[None], keys)[0], FQL[f"{case}/act"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["fql_mean", "iql", "ifql", "rebrac_tanh"])
 def test_twenty_updates_are_those_of_fql(case, monkeypatch):
     """All networks. Of the targets, which move little, more is asked: they move towards the old network."""

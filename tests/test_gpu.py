@@ -12,6 +12,8 @@ from conftest import ALGOS, ROOT, load_algo, small_args
 
 import common
 
+pytestmark = pytest.mark.slow
+
 
 def lowered(name, platform):
     """The StableHLO of train and of act, for three seeds."""
