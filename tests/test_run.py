@@ -145,6 +145,16 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(kind, whole, decoys, tmp_
     assert not list(folder.glob("*.tmp"))
 
 
+def test_policies_played_again_score_what_they_scored(whole, decoys):
+    """The run's last evaluation, episode by episode, by other workers; and with one sample, other numbers."""
+    folder, _ = whole
+    finish(start(f"{ROOT}/scripts/evaluate.py {folder} --num-samples 2 1 --num-workers 3", folder, PYTHONPATH=decoys))
+    last, again = read_rows(folder / "eval.csv")[-2:], read_rows(folder / "num_samples.csv")
+    assert [(row["num_samples"], row["seed"]) for row in again] == [("2", "5"), ("2", "6"), ("1", "5"), ("1", "6")]
+    assert [row["score"] for row in again[:2]] == [row["score"] for row in last]
+    assert all(one["score"] != two["score"] for one, two in zip(again[2:], again[:2]))
+
+
 def test_a_policy_from_a_runs_folder(whole):
     """As in a notebook."""
     policy, second = load_policy(whole[0]), load_policy(whole[0], index=1)
