@@ -26,10 +26,10 @@ def toy_dataset(num=4096):
     return common.Dataset(*(jnp.array(x, jnp.float32) for x in (obs, action, zeros, zeros, obs, action)))
 
 
-def learned_actions(name, num=1024, num_updates=5000):
+def learned_actions(name, num=1024, num_updates=5000, batch_size=256):
     """What the policy of algos/<name>.py, trained by its own `train` on the toy, does: [num, 2]."""
     algo, dataset = load_algo(name), toy_dataset()
-    args = algo.Args(hidden_dims=(32, 32, 32), learning_rate=5e-3, alpha=1.0, discount=0.99)
+    args = algo.Args(hidden_dims=(32, 32, 32), learning_rate=5e-3, alpha=1.0, batch_size=batch_size)
     states = jax.jit(jax.vmap(functools.partial(algo.init, args, 1, 2)))(jnp.array([1]))
     states, _ = algo.train(args, num_updates, dataset, states)
     state, obs = jax.tree.map(lambda leaf: leaf[0], states), jnp.zeros((num, 1))

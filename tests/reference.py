@@ -51,9 +51,9 @@ def policy(params, obs):
     return mlp({"Dense_0": params["params"]["Dense_0"]}, gelu(mlp(params["params"]["MLP_0"], obs)))
 
 
-def sample(params, obs, noise, trigflow=False):
-    """Eq. 4: a_{t - dt} = a_t + dt v(a_t, t), from t = 1 to t = 0; or Eq. 8, from t = pi / 2 to t = 0: 10 steps."""
-    action, times = np.asarray(noise, np.float64), np.linspace(np.pi / 2 if trigflow else 1, 0, 11)
+def sample(params, obs, noise, steps, trigflow=False):
+    """Eq. 4: a_{t - dt} = a_t + dt v(a_t, t), from t = 1 to t = 0; or Eq. 8, from t = pi / 2 to t = 0."""
+    action, times = np.asarray(noise, np.float64), np.linspace(np.pi / 2 if trigflow else 1, 0, steps + 1)
     for k, t in zip(times, times[1:]):
         output = velocity(params, obs, action, np.full((*obs.shape[:-1], 1), k))
         action = np.cos(k - t) * action - np.sin(k - t) * output if trigflow else action + (k - t) * output
@@ -76,22 +76,6 @@ def inputs(name, **changes):
 def stacked(state):
     """The states of one seed, [1, ...]."""
     return jax.tree.map(lambda leaf: np.asarray(leaf)[None], state)
-
-
-def adam(network, gradient):
-    """The parameters of a TrainState after a step of Adam at 3e-4."""
-    moments, number = network.opt_state[0], int(network.step) + 1
-
-    def step(p, g, mu, nu):
-        mu, nu = 0.9 * np.float64(mu) + 0.1 * np.float64(g), 0.999 * np.float64(nu) + 0.001 * np.float64(g) ** 2
-        return p - 3e-4 * (mu / (1 - 0.9**number)) / (np.sqrt(nu / (1 - 0.999**number)) + 1e-8)
-
-    return jax.tree.map(step, network.params, gradient, moments.mu, moments.nu)
-
-
-def moved(target, online):
-    """A target's parameters after a step of 0.005 towards the online ones."""
-    return jax.tree.map(lambda target, online: 0.995 * np.asarray(target) + 0.005 * np.asarray(online), target, online)
 
 
 def parameters(state):
@@ -127,21 +111,35 @@ def assert_close(found, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
-def draw_by_shape(monkeypatch):
-    """Every draw of jax.random is numpy's, from a seed made of its shape, as where the numbers were recorded."""
+def recorded(name):
+    """The arrays of tests/<name>.npz, what another code computed; and the batch that it computed on."""
+    arrays = dict(np.load(ROOT / "tests" / f"{name}.npz"))
+    keys = ("observations", "actions", "rewards", "masks", "next_observations", "next_actions")
+    return arrays, common.Dataset(*(jnp.asarray(arrays[f"batch/{key}"]) for key in keys))
+
+
+def do_as_recorded(algo, batch, monkeypatch):
+    """From here on every batch is the recorded one, and every draw of jax.random is numpy's, from a seed made of its
+    shape. A flow's time is, as in the recorded code, 0 at the noise and 1 at the data: the uniform draw is 1 - t, and
+    so is what the network gets (Adam's steps depend on that)."""
     draws = lambda shape, times: np.random.default_rng(times * int(np.prod([size + 3 for size in shape])))
     normal = lambda key, shape: jnp.asarray(draws(shape, 1).normal(size=shape), jnp.float32)
     uniform = lambda key, shape, maxval=1.0: maxval * jnp.asarray(draws(shape, 7).uniform(size=shape), jnp.float32)
+    if hasattr(algo, "FlowPolicy"):
+        velocity = algo.FlowPolicy.__call__
+        reversed_time = lambda self, obs, action, t: velocity(self, obs, action, 1 - t)
+        monkeypatch.setattr(algo.FlowPolicy, "__call__", reversed_time)
+        monkeypatch.setattr(jax.random, "uniform", lambda key, shape: 1 - uniform(key, shape))
+    else:
+        monkeypatch.setattr(jax.random, "uniform", uniform)
     monkeypatch.setattr(jax.random, "normal", normal)
-    monkeypatch.setattr(jax.random, "uniform", uniform)
+    monkeypatch.setattr(common, "sample_batch", lambda dataset, key, batch_size: batch)
 
 
-def reverse_time(algo, monkeypatch):
-    """A flow's time as FQL's code has it, from 0 at the noise to 1 at the data: the uniform draw is 1 - t, and so is
-    what the network gets (Adam's steps depend on that)."""
-    velocity, uniform = algo.FlowPolicy.__call__, jax.random.uniform
-    monkeypatch.setattr(algo.FlowPolicy, "__call__", lambda self, obs, action, t: velocity(self, obs, action, 1 - t))
-    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: 1 - uniform(key, shape))
+def twenty_updates(algo, args, state):
+    """{network: its parameters} after them."""
+    updates = jax.jit(lambda state: jax.lax.scan(functools.partial(algo.update, args, None), state, length=20))
+    return parameters(updates(state)[0])
 
 
 @functools.cache

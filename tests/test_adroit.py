@@ -14,18 +14,13 @@ import pytest
 import adroit
 import common
 
-TOLERANCE = 1e-6
+RECORDED = dict(np.load(pathlib.Path(__file__).with_name("adroit_reference.npz")))
 HANDS = ("pen", "door", "hammer", "relocate")
+TOLERANCE = 1e-6
 same_physics = pytest.mark.skipif(
     importlib.metadata.version("mujoco") not in (adroit.MUJOCO_VERSION, adroit.MUJOCO_PYTHON_3_13),
     reason="this MuJoCo is not known to reproduce the recordings",
 )
-
-
-@pytest.fixture(scope="module")
-def reference():
-    with np.load(pathlib.Path(__file__).with_name("adroit_reference.npz")) as file:
-        return dict(file)
 
 
 @pytest.fixture(scope="module", params=HANDS)
@@ -38,29 +33,32 @@ def env(hand):
     return adroit.make_env(hand)
 
 
-def restore(env, reference, prefix, index):
-    """Puts env into the recorded state `index` and returns its observation there."""
-    state = {key.split("/state_")[1]: reference[key][index] for key in reference if key.startswith(f"{prefix}/state_")}
+def recorded(prefix):
+    """What was recorded: observations, of which there is one more than of the others; actions, rewards, ends."""
+    return (RECORDED[f"{prefix}/{key}"] for key in ("obs", "action", "reward", "done"))
+
+
+def restore(env, prefix, index):
+    """Puts env into the recorded state `index`, whose observation it then has to give."""
+    state = {key.split("/state_")[1]: RECORDED[key][index] for key in RECORDED if key.startswith(f"{prefix}/state_")}
+    obs = next(recorded(prefix))[index, 0]
     if prefix == "relocate/rollout":
         # d4rl's get_env_state hands out a view of the ball's position, so the recording holds where the ball ended.
         # Its start is the palm's position (which depends on qpos alone) minus the observed difference.
         env.reset(seed=0)
         env.unwrapped.set_env_state(state)
-        palm = env.unwrapped.data.site("S_grasp").xpos
-        state["obj_pos"] = palm - reference["relocate/rollout/obs"][index, 0, 30:33]
+        state["obj_pos"] = env.unwrapped.data.site("S_grasp").xpos - obs[30:33]
     env.reset(seed=0)
     env.unwrapped.set_env_state(state)
-    return env.unwrapped._get_obs()
+    np.testing.assert_allclose(env.unwrapped._get_obs(), obs, rtol=0, atol=TOLERANCE)
 
 
-# --- The environments ---------------------------------------------------------------------------------------------
-
-
+# ------------------------------------------------------------------------------------------------- the environments
 @same_physics
-def test_rollouts(hand, env, reference):
-    obs, action, reward, done = (reference[f"{hand}/rollout/{key}"] for key in ("obs", "action", "reward", "done"))
+def test_rollouts(hand, env):
+    obs, action, reward, done = recorded(f"{hand}/rollout")
     for i in range(3):
-        np.testing.assert_allclose(restore(env, reference, f"{hand}/rollout", i), obs[i, 0], rtol=0, atol=TOLERANCE)
+        restore(env, f"{hand}/rollout", i)
         for t in range(adroit.HANDS[hand].horizon):
             step_obs, step_reward, terminated, truncated, _ = env.step(action[i, t])
             np.testing.assert_allclose(step_obs, obs[i, t + 1], rtol=0, atol=TOLERANCE)
@@ -70,12 +68,12 @@ def test_rollouts(hand, env, reference):
 
 
 @same_physics
-def test_rewards_of_probes(hand, env, reference):
+def test_rewards_of_probes(hand, env):
     """In states that lie on both sides of each condition of each reward."""
-    obs, action, reward, done = (reference[f"{hand}/probe/{key}"] for key in ("obs", "action", "reward", "done"))
+    obs, action, reward, done = recorded(f"{hand}/probe")
     compared = 0
     for i in range(len(action)):
-        np.testing.assert_allclose(restore(env, reference, f"{hand}/probe", i), obs[i, 0], rtol=0, atol=TOLERANCE)
+        restore(env, f"{hand}/probe", i)
         step_obs, step_reward, terminated, _, _ = env.step(action[i])
         if np.abs(step_obs - obs[i, 1]).max() <= TOLERANCE:
             assert abs(step_reward - reward[i]) < TOLERANCE and terminated == done[i]
@@ -100,19 +98,18 @@ def test_hammer_counts_as_lifted_when_both_ends_are_up(lift, tilt, bonus):
     assert adroit.hammer_reward(data) == pytest.approx(bonus - cost, abs=1e-9)
 
 
-def test_shapes_dtypes_and_horizon(hand, env):
-    """An episode of the largest action, for which a larger one counts."""
+def test_spaces_and_horizon(hand, env):
+    """Actions beyond [-1, 1] count as the largest one. (The pen stays in the still hand.)"""
     sizes, ended, steps = adroit.HANDS[hand], False, 0
     assert env.action_space == gymnasium.spaces.Box(-1, 1, (sizes.action_dim,), np.float32)
-    obs, _ = env.reset(seed=1)
-    assert obs.shape == env.observation_space.shape == (sizes.obs_dim,) and obs.dtype == np.float64
-    start = env.step(np.full(sizes.action_dim, 5.0))[0]
-    env.reset(seed=1)
-    np.testing.assert_array_equal(env.step(np.ones(sizes.action_dim))[0], start)
-    env.reset(seed=0)
+    assert env.observation_space.shape == (sizes.obs_dim,)
+    after = [(env.reset(seed=1), env.step(np.full(sizes.action_dim, size)))[1][0] for size in (1.0, 5.0)]
+    np.testing.assert_array_equal(*after)
+    obs, _ = env.reset(seed=0)
     while not ended:
+        assert (obs.shape, obs.dtype) == ((sizes.obs_dim,), np.float64)
         obs, reward, terminated, truncated, info = env.step(np.zeros(sizes.action_dim, np.float32))
-        assert (type(reward), type(terminated), obs.dtype) == (float, bool, np.float64) and "success" in info
+        assert (type(reward), type(terminated)) == (float, bool) and "success" in info
         steps, ended = steps + 1, terminated or truncated
     assert (steps, terminated, truncated) == ({"pen": 100}.get(hand, 200), False, True)
 
@@ -139,7 +136,9 @@ def randomised(hand, model):
     return [*model.body("Object").pos[:2], *model.site("target").pos]
 
 
-def test_initial_states_are_distributed_as_d4rls(hand, env, reference):
+def test_initial_states_are_distributed_as_d4rls(hand, env):
+    """And depend on the seed alone, without touching the global random state."""
+    before = np.random.get_state()[1].copy()
     for seed in range(20):
         env.reset(seed=seed)
         rng, _ = gymnasium.utils.seeding.np_random(seed)
@@ -147,20 +146,9 @@ def test_initial_states_are_distributed_as_d4rls(hand, env, reference):
         np.testing.assert_allclose(randomised(hand, env.unwrapped.model), drawn, rtol=0, atol=1e-12)
         np.testing.assert_array_equal(env.unwrapped.data.qpos, env.unwrapped.init_qpos)
         assert not env.unwrapped.data.qvel.any()
-    np.testing.assert_array_equal(reference[f"{hand}/rollout/state_qpos"], np.tile(env.unwrapped.init_qpos, (3, 1)))
-    assert not reference[f"{hand}/rollout/state_qvel"].any()
-
-
-def test_seed_determines_the_episode(hand, env):
-    """Also after other episodes, and without touching the global random state."""
-    before, trajectories = np.random.get_state()[1].copy(), []
-    for _ in range(2):
-        rng, obs = np.random.default_rng(0), [env.reset(seed=3)[0]]
-        obs += [env.step(rng.uniform(-1, 1, env.action_space.shape))[0] for _ in range(60)]
-        trajectories.append(obs)
-    np.testing.assert_array_equal(*trajectories)
-    assert (env.reset(seed=4)[0] != trajectories[0][0]).any()
     np.testing.assert_array_equal(np.random.get_state()[1], before)
+    np.testing.assert_array_equal(RECORDED[f"{hand}/rollout/state_qpos"], np.tile(env.unwrapped.init_qpos, (3, 1)))
+    assert not RECORDED[f"{hand}/rollout/state_qvel"].any()
 
 
 def test_normalized_scores():
@@ -175,8 +163,11 @@ def test_normalized_scores():
 def test_mujoco_versions(monkeypatch):
     assert adroit.check_mujoco_version("3.1.6") == ""
     advice = r"pip install mujoco==3\.1\.6 \(or, on Python 3\.13, 3\.2\.6\)"
-    messages = dict.fromkeys(("3.2.7", "3.1.5", "2.3.7"), advice) | {"3.2.6": r"stands in for 3\.1\.6, and matches .*"}
-    for version, message in messages.items():
+    for version, message in {
+        "3.2.7": advice,
+        "2.3.7": advice,
+        "3.2.6": r"stands in for 3\.1\.6, and matches .*",
+    }.items():
         assert re.fullmatch(f"MuJoCo {version} .*{message}", adroit.check_mujoco_version(version))
     for version in ("3.3.0", "3.10.0", "4.0.0"):
         monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
@@ -184,33 +175,29 @@ def test_mujoco_versions(monkeypatch):
             common.load_task("pen-human-v1")
 
 
-# --- The loader ---------------------------------------------------------------------------------------------------
-
-
+# ------------------------------------------------------------------------------------------------------- the loader
 def write(path, rows):
-    """Writes rows in D4RL's layout, with the groups that the published files also have."""
+    """Writes rows in D4RL's layout, with a group that the published files also have."""
     with h5py.File(path, "w") as file:
         for key, values in rows.items():
-            if values is not None:
-                file.create_dataset(key, data=values, compression="gzip")
-        file["infos/qpos"] = np.zeros((3, 30), np.float32)
+            file.create_dataset(key, data=values, compression="gzip")
         file["metadata/algorithm"] = np.bytes_("DAPG")
     return path
 
 
 @pytest.fixture(scope="module")
-def rows(reference):
+def rows():
     """The recorded pen rollouts as a data set: an episode that ends by a drop, one by a timeout, one by both, one cut.
 
     It is what d4rl recorded, so that its `qlearning_dataset` has one answer to it on any machine.
     """
-    drop = [int(np.argmax(done)) + 1 for done in reference["pen/rollout/done"]]
+    drop = [int(np.argmax(done)) + 1 for done in RECORDED["pen/rollout/done"]]
     episodes = [(0, drop[0], True, False), (1, 30, False, True), (2, drop[2], True, True), (1, 10, False, False)]
     rows = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
     for i, length, terminal, timeout in episodes:
         last = np.arange(length) == length - 1
-        recorded = [reference[f"pen/rollout/{key}"][i, :length] for key in ("obs", "action", "reward")]
-        for key, values in zip(rows, [*recorded, last & terminal, last & timeout]):
+        taken = [RECORDED[f"pen/rollout/{key}"][i, :length] for key in ("obs", "action", "reward")]
+        for key, values in zip(rows, [*taken, last & terminal, last & timeout]):
             rows[key].append(values)
     rows = {key: np.concatenate(values) for key, values in rows.items()}
     return {key: values.astype(np.float32 if values.dtype == np.float64 else bool) for key, values in rows.items()}
@@ -239,39 +226,20 @@ def test_transitions_equal_d4rls(tmp_path, rows):
     assert (~alive).sum() == 1  # the other drop came with a timeout, and d4rl leaves its row out
 
 
-def test_actions_are_not_clipped_and_columns_accepted(tmp_path, rows):
-    columns = {key: rows[key][:, None].astype(np.float64) for key in ("rewards", "terminals", "timeouts")}
+def test_columns_are_read_also_where_another_holds_the_files_lock(tmp_path, rows):
+    """Or where there are no locks: HDF5's own fails on NFS without a lock daemon. And actions are not clipped here."""
     plain = adroit.load_transitions(write(tmp_path / "plain.hdf5", rows), "pen")
-    data = adroit.load_transitions(
-        write(tmp_path / "pen.hdf5", rows | columns | {"actions": 3 * rows["actions"]}), "pen"
-    )
+    columns = {key: rows[key][:, None].astype(np.float64) for key in ("rewards", "terminals", "timeouts")}
+    path = write(tmp_path / "pen.hdf5", rows | columns | {"actions": 3 * rows["actions"]})
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        data = adroit.load_transitions(path, "pen")
     for key, values in plain.items():
         np.testing.assert_array_equal(data[key], 3 * values if key.endswith("action") else values)
 
 
-def test_a_file_without_locks_is_read(tmp_path, rows):
-    """As on NFS without a lock daemon, where HDF5's own lock fails; here because somebody else holds one."""
-    path = write(tmp_path / "pen.hdf5", rows)
-    with open(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        adroit.load_transitions(path, "pen")
-
-
-def garbled(content):
-    """The content with its first compressed chunk overwritten."""
-    start = content.index(b"\x78\x5e") + 20
-    return content[:start] + bytes(180) + content[start + 180 :]
-
-
-UNREADABLE = "is not an HDF5 file, or it is cut short or damaged: "
-DAMAGES = {  # what is changed, the file's bytes or one of its arrays; how; and what is said
-    "empty": ("bytes", lambda content: b"", UNREADABLE),
-    "a web page": ("bytes", lambda content: b"<html>404</html>", UNREADABLE),
-    "truncated": ("bytes", lambda content: content[:-2000], UNREADABLE),
-    "garbled": ("bytes", garbled, UNREADABLE),
-    "key missing": ("timeouts", lambda values: None, 'is not D4RL\'s pen data: "timeouts" is missing'),
+DAMAGES = {  # which array is changed, how, and what is said
     "other hand": ("observations", lambda values: values[:, :39], r'"observations" has shape .*39\], not \[N, 45'),
-    "wide": ("rewards", lambda values: np.stack([values] * 2, 1), r'"rewards" has shape .* not \[N\]'),
     "short": ("timeouts", lambda values: values[:-1], "differ in length"),
     "strings": ("rewards", lambda values: np.array([b"1"] * len(values)), '"rewards" is not numeric'),
     "nan": ("observations", lambda values: values * np.nan, '"observations" holds values that are not finite'),
@@ -281,13 +249,22 @@ DAMAGES = {  # what is changed, the file's bytes or one of its arrays; how; and 
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_bad_files_are_refused(tmp_path, rows, name):
+def test_what_is_no_data_of_the_hand_is_refused(name, tmp_path, rows):
     """In one sentence, which names the file."""
-    what, change, sentence = DAMAGES[name]
-    path = write(tmp_path / "some-file.hdf5", rows | {what: change(rows[what])} if what in rows else rows)
-    if what == "bytes":
+    key, change, sentence = DAMAGES[name]
+    path = write(tmp_path / "some-file.hdf5", rows | {key: change(rows[key])})
+    with pytest.raises(ValueError, match=f"^{path}:? .*{sentence}[^\n]*$"):
         adroit.load_transitions(path, "pen")
-        path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"^{path}:? .*{sentence}") as refusal:
+
+
+def test_a_file_that_is_damaged_or_lacks_a_key_is_refused(tmp_path, rows):
+    path = write(tmp_path / "some-file.hdf5", rows)
+    content = path.read_bytes()
+    chunk = content.index(b"\x78\x5e") + 20  # in the first compressed array
+    for damaged in (b"<html>404</html>", content[:-2000], content[:chunk] + bytes(180) + content[chunk + 180 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^{path} is not an HDF5 file, or it is cut short or damaged: [^\n]*$"):
+            adroit.load_transitions(path, "pen")
+    write(path, {key: values for key, values in rows.items() if key != "timeouts"})
+    with pytest.raises(ValueError, match=f'^{path} is not D4RL\'s pen data: "timeouts" is missing$'):
         adroit.load_transitions(path, "pen")
-    assert "\n" not in str(refusal.value)

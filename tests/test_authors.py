@@ -5,23 +5,16 @@ every draw was a function of its shape, and so it is here. Their flow's time is 
 """
 
 import dataclasses
-import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from conftest import load_algo
-from reference import assert_close, draw_by_shape, losses_and_gradients, parameters, reverse_time, with_parameters
+from reference import assert_close
 
-import common
-
-AUTHORS = dict(np.load(pathlib.Path(__file__).with_name("authors.npz")))
-BATCH = common.Dataset(*(
-    jnp.asarray(AUTHORS[f"batch/{name}"])
-    for name in ("observations", "actions", "rewards", "masks", "next_observations", "next_actions")
-))  # fmt: skip
+AUTHORS, BATCH = reference.recorded("authors")
 VALUES = {"num_samples": 4, "num_target_samples": 4, "alpha": 30.0, "delta": 0.1, "alpha_critic": 0.1}
 FLOWS = ["ifql", "difql", "mfql", "dmfql", "mfql_bptt", "mfrebrac", "dmfrebrac"]
 DIFFUSIONS = ["trigflow", "dtrigflow", "etrigflow"]
@@ -58,22 +51,19 @@ def networks(name, prefix):
 
 def start(name, monkeypatch):
     """Arguments and the state that has their parameters, with their noise in every draw from here on."""
-    draw_by_shape(monkeypatch)
-    monkeypatch.setattr(common, "sample_batch", lambda dataset, key, batch_size: BATCH)
     algo = load_algo(name)
-    if name in FLOWS:
-        reverse_time(algo, monkeypatch)
+    reference.do_as_recorded(algo, BATCH, monkeypatch)
     fields = {field.name for field in dataclasses.fields(algo.Args)}
     values = VALUES | ({"alpha": 3.0} if name == "iql" else {})
     args = algo.Args(hidden_dims=(24, 24, 24), **{key: value for key, value in values.items() if key in fields})
     state = algo.init(args, BATCH.obs.shape[-1], BATCH.action.shape[-1], 0)
-    return algo, args, with_parameters(state, networks(name, "params"))
+    return algo, args, reference.with_parameters(state, networks(name, "params"))
 
 
 @pytest.mark.parametrize("name", [*FLOWS, *DIFFUSIONS])
 def test_losses_gradients_and_actions_are_the_authors(name, monkeypatch):
     algo, args, state = start(name, monkeypatch)
-    losses, gradients = losses_and_gradients(algo, args, state, BATCH)
+    losses, gradients = reference.losses_and_gradients(algo, args, state, BATCH)
     total = AUTHORS[f"{name}/loss"]
     if name == "dtrigflow":
         total = total - AUTHORS["dtrigflow/info/actor/actor_loss"]  # theirs holds -mean Q(s, a) more, a constant
@@ -86,11 +76,11 @@ def test_losses_gradients_and_actions_are_the_authors(name, monkeypatch):
     assert_close(action, AUTHORS[f"{name}/act"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["iql", *FLOWS, *DIFFUSIONS])
 def test_twenty_updates_are_the_authors(name, monkeypatch):
     algo, args, state = start(name, monkeypatch)
-    updates = jax.jit(lambda state: jax.lax.scan(functools.partial(algo.update, args, None), state, length=20))
-    after, before = parameters(updates(state)[0]), networks(name, "params")
+    after, before = reference.twenty_updates(algo, args, state), networks(name, "params")
     for network, expected in networks(name, "after20").items():
         assert_close(after[network], expected, 1e-6 if network == "target_critic" else 1e-5)
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before[network], expected)

@@ -4,15 +4,13 @@ import functools
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import types
 
 import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TASK
+from conftest import TASK
 
 import common
 
@@ -109,18 +107,6 @@ def test_every_episode_is_played_once_and_scored_by_its_own_environment():
     assert len(calls) == max(busy_until)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 32])
-def test_about_two_episodes_per_worker_and_at_least_16_are_played_at_a_time(num_workers):
-    """As few seats as that allows are empty in the last round."""
-    wanted = max(16, 2 * num_workers)
-    for num_seeds in (1, 2, 3, 8, 64):
-        for num_episodes in (1, 6, 20, 50):
-            slots = common.slots_per_seed(num_seeds, num_episodes, num_workers)
-            rounds = -(-num_episodes // slots)
-            assert 1 <= slots <= num_episodes and slots == -(-num_episodes // rounds)
-            assert min(0.75 * wanted, num_seeds * num_episodes) <= slots * num_seeds <= max(1.5 * wanted, num_seeds)
-
-
 def test_a_solved_episode_scores_100():
     """The cube is laid at its goal, and the environment says so at the end of that very step (success is judged at
     s')."""
@@ -136,8 +122,10 @@ def test_a_solved_episode_scores_100():
     assert terminated and reward == 0 and task.score(-1.0, info) == 100
 
 
-def test_an_episode_repeats_exactly():
-    env, actions = common.load_task("scene-play").make_env(), np.random.default_rng(0).uniform(-1, 1, (40, 5))
+@pytest.mark.parametrize("task", ["scene-play", "pen-human-v1", "relocate-expert-v1"])
+def test_an_episode_repeats_exactly(task):
+    env = common.load_task(task).make_env()
+    actions = np.random.default_rng(0).uniform(-1, 1, (40, *env.action_space.shape))
     runs = [np.stack([common.reset_env(env, 11), *(env.step(action)[0] for action in actions)]) for _ in range(2)]
     np.testing.assert_array_equal(*runs)
 
@@ -184,56 +172,20 @@ class Faulty(gymnasium.Wrapper):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how, reason", [("killed", "EOFError|ConnectionReset"), ("hangs", "no answer in 2 s"), ("nan", "not finite")]
+    "how, patience, reason",
+    [("killed", 300, "EOFError|ConnectionReset"), ("hangs", 6, "no answer in 6 s"), ("nan", 300, "not finite")],
 )
-def test_a_failing_episode_ends_the_evaluation_by_its_name(how, reason):
+def test_a_failing_episode_ends_the_evaluation_by_its_name(how, patience, reason):
     start = int(np.random.SeedSequence((0, 8, 70, 1)).generate_state(1)[0])
     task = types.SimpleNamespace(make_env=functools.partial(Faulty, how, start), score=PENDULUM.score)
     environments = common.Environments(task, 2, 1)
-    step = environments.step
-    step({0: 1, 1: 1})  # all are made: from here on each answer is quick
-    environments.step = functools.partial(step, patience=2)
+    environments.step({0: 1, 1: 1})  # all are made: from here on each answer is quick
+    environments.step = functools.partial(environments.step, patience=patience)
     act = lambda obs, keys: np.zeros((2, 1, 1), np.float32)
-    with pytest.raises(
-        common.Error, match=f"evaluation failed in episode 1 of seed 8 .*({reason}).*then resume the ru"
-    ):
+    sentence = f"evaluation failed in episode 1 of seed 8 .*({reason}).*then resume the ru"
+    with pytest.raises(common.Error, match=sentence):
         common.evaluate(act, environments, (7, 8), 70, 3)
     assert not any(worker.is_alive() for worker in environments.workers)
-
-
-def test_time_in_which_all_is_suspended_does_not_count():
-    """As on a laptop that is shut: that ends one of many short waits."""
-    environments = common.Environments(PENDULUM, 0, 1)
-    waits = iter([False] * 299 + [True])
-
-    class Connection:
-        poll, send, recv = lambda *_: next(waits), lambda *_: None, lambda _: {0: "obs"}
-
-    environments.connections = [Connection()]
-    assert environments.step({0: 1}) == {0: "obs"}
-
-
-# -------------------------------------------------------------------------------------------------------- processes
-@pytest.mark.slow
-def test_a_worker_opens_no_device(tmp_path):
-    """It imports the algorithm that is run, but a GPU has no room for a context per worker."""
-    script = f"""
-import multiprocessing, sys
-sys.path.insert(0, {str(ROOT)!r})
-import common
-common.load_algo("iql")
-def probe(queue):
-    from jax._src import xla_bridge
-    queue.put(xla_bridge.backends_are_initialized())
-if __name__ == "__main__":
-    context = multiprocessing.get_context("forkserver")
-    queue = context.Queue()
-    context.Process(target=probe, args=(queue,)).start()
-    print(queue.get(timeout=60))
-"""
-    (tmp_path / "main.py").write_text(script)
-    done = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
 
 
 @pytest.mark.parametrize(

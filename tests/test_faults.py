@@ -10,8 +10,8 @@ import os
 import pwd
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import types
 
 import evaluate
@@ -19,7 +19,7 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import ALGOS, TASK, load_algo
+from conftest import ALGOS, FILES, TASK, load_algo
 from test_data import no_locks, record_pendulum
 from test_evaluation import Here
 
@@ -27,7 +27,6 @@ import common
 import run
 
 ALGO = load_algo("dmfql")
-FILES = ("train.csv", "eval.csv", "episodes.csv", "checkpoint.msgpack")
 PENDULUM = dict(env_name="Pendulum-v1", seeds=(5, 6), num_updates=20, hidden_dims=(9,), batch_size=8, eval_episodes=2)
 PENDULUM |= dict(num_samples=2, alpha=1.0, delta=0.1, folder="run")
 
@@ -163,15 +162,16 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
         run.append_rows(common.pathlib.Path("/dev/full"), [{"step": 1}])
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("where", ["step", "train"])
-def test_a_run_that_was_stopped_goes_on_in_the_same_process(where, go_on, handlers, monkeypatch, capsys):
+def test_a_run_that_was_stopped_goes_on_in_the_same_process(name, where, go_on, handlers, monkeypatch, capsys):
     """As in a notebook whose kernel is interrupted: nothing is left held."""
-    owner, count = {"step": Here, "train": ALGO}[where], iter(range(1000))
+    owner, number, count = {"step": Here, "train": ALGO}[where], getattr(signal, name), iter(range(1000))
     call = getattr(owner, where)
 
     def interrupted(*args):
         if next(count) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return call(*args)
 
     def mend():
@@ -179,7 +179,16 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(where, go_on, handle
         assert "go on by: python " in capsys.readouterr().out
 
     monkeypatch.setattr(owner, where, interrupted)
-    go_on(SystemExit, "130", mend)
+    go_on(SystemExit, str(128 + number), mend)
+
+
+def test_a_run_in_a_thread_gives_the_same_numbers(small, data, tmp_path):
+    """As in a notebook's background job: no signal can be caught there."""
+    args = ALGO.Args(dataset_path=data, **PENDULUM | {"folder": str(tmp_path / "run")})
+    thread = threading.Thread(target=ALGO.main, args=[args])
+    thread.start()
+    thread.join()
+    assert all((tmp_path / "run" / name).read_bytes() == (small / name).read_bytes() for name in FILES)
 
 
 def test_a_run_that_shall_outlive_its_terminal_does(begin):
@@ -244,7 +253,6 @@ def test_resume_refuses_what_is_not_its_own(small, tmp_path):
     for changes, sentence in (
         ({"data": other}, "its sha256 differs"),
         ({"args": record["args"] | {"hidden_dims": [8]}}, "checkpoint.msgpack holds other networks"),
-        ({"args": record["args"] | {"seeds": [1, 2, 3]}}, "checkpoint.msgpack holds other networks"),
         ({"args": record["args"] | {"temperature": 1}}, f"other flags than the code .*{record['commit']}"),
     ):
         folder = copy_of(small, tmp_path, **changes)
@@ -256,15 +264,14 @@ def test_resume_refuses_what_is_not_its_own(small, tmp_path):
 def test_a_damaged_record_is_named(small, tmp_path):
     folder = copy_of(small, tmp_path)
     content = (folder / "checkpoint.msgpack").read_bytes()
-    for damaged in (content[:-1], b"", content[:50] + b"x" + content[51:]):
+    for damaged in (content[:-1], content[:50] + b"x" + content[51:]):
         (folder / "checkpoint.msgpack").write_bytes(damaged)
         with pytest.raises(common.Error, match=f"{folder}/checkpoint.msgpack is damaged"):
             resume(folder)
     (folder / "checkpoint.msgpack").write_bytes(content)
-    for text in ("step,seed,diverged,score\nx,5,0,0\n", "a,b\n1,2\n", "\xff\n"):
-        (folder / "eval.csv").write_text(text, encoding="latin1")
-        with pytest.raises(common.Error, match=f"{folder}/eval.csv is damaged"):
-            resume(folder)
+    (folder / "eval.csv").write_text("step,seed,diverged,score\nx,5,0,0\n")
+    with pytest.raises(common.Error, match=f"{folder}/eval.csv is damaged"):
+        resume(folder)
     (folder / "args.json").write_text("{")
     with pytest.raises(common.Error, match=f"{folder} is no run's folder"):
         resume(folder)
@@ -280,16 +287,6 @@ def test_another_commit_is_said_once_and_recorded(small, tmp_path, monkeypatch, 
     record = json.loads((folder / "args.json").read_text())
     assert record["commit"] == begun["commit"] and [later["commit"] for later in record["resumed"]] == ["abc"]
     assert "jaxlib" not in said  # the versions are the same
-
-
-def test_the_commit_is_no_tags_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    assert run.git_commit() is None
-    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "m"], ["tag", "-a", "v1", "-m", "m"]):
-        subprocess.run(["git", "-C", tmp_path, *who, *command], check=True)
-    head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    assert run.git_commit() == head.stdout.strip()
 
 
 # ------------------------------------------------------------------------------------------------ scores, divergence
@@ -388,12 +385,8 @@ def test_flags_as_sweeps_write_them(monkeypatch):
     "flags, sentence",
     [
         (["--env-name", "cube-triple-play-singletask-v0"], "no values for .*: give --num-samples --alpha --delta"),
-        (["--batch-size", 0], "--batch-size 0 is impossible"),
-        (["--delta", -0.1], "--delta -0.1 is impossible"),
         (["--delta", "nan"], "--delta nan is impossible"),
-        (["--discount", 1.5], "--discount 1.5 is impossible"),
         (["--num-workers", 0], "--num-workers 0 is impossible"),
-        (["--seeds"], "--seeds takes one or more different numbers"),
         (["--seeds", 1, 1], "--seeds takes one or more different numbers"),
         (["--seeds", 2**32], "--seeds 4294967296 is impossible"),
         (["--hidden-dims"], "--hidden-dims one or more widths"),
@@ -435,10 +428,3 @@ def test_without_opengl_no_film_is_promised(begin, tmp_path, monkeypatch):
 def test_too_little_memory_is_a_sentence():
     with pytest.raises(SystemExit, match="error: too little memory .*: give fewer --seeds, or smaller --batch-size"):
         run.explain(jax.errors.JaxRuntimeError, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), None)
-
-
-def test_windows_is_not_supported(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "win32")
-    spec = importlib.util.spec_from_file_location("common", common.__file__)
-    with pytest.raises(SystemExit, match="Windows has no fork"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))

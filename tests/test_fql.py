@@ -5,31 +5,23 @@ each case below losses, gradients and actions, and all parameters before and (in
 Parameters and gradients are flat, in the order of ours. The noise of every draw was a function of its shape, and so it
 is here; else their code was as it is. Where its conventions differ from ours:
 
-- their flow's time is 1 - t: so our network gets 1 - t here (`reverse_time`)
+- their flow's time is 1 - t: so our network gets 1 - t here
 - their iql and ifql sum the two critics' losses: so ours, the mean, is doubled here
 - their ifql has no alpha: it is 1 here
 - their rebrac is told by main.py when to learn its actor: it was in updates 2, 4, ...
 - their iql and rebrac act by their mode at temperature 0, as main.py evaluates them
 """
 
-import functools
-import pathlib
-
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from conftest import load_algo
-from reference import assert_close, draw_by_shape, losses_and_gradients, parameters, reverse_time, with_parameters
+from reference import assert_close
 
-import common
-
-FQL = dict(np.load(pathlib.Path(__file__).with_name("fql_official.npz")))
-BATCH = common.Dataset(*(
-    jnp.asarray(FQL[f"batch/{name}"])
-    for name in ("observations", "actions", "rewards", "masks", "next_observations", "next_actions")
-))  # fmt: skip
+FQL, BATCH = reference.recorded("fql_official")
 DEFAULTS = {"discount": 0.99, "tau": 0.005, "learning_rate": 3e-4}  # theirs, as are expectile, steps and noise_clip
 REBRAC = {"alpha_actor": 0.3, "alpha_critic": 0.2, "policy_noise": 0.4, "noise_clip": 0.5, "policy_frequency": 2}
 CASES = {
@@ -54,22 +46,19 @@ def start(case, monkeypatch):
     """The algorithm, with their noise, batch and conventions from here on, its arguments, and the state that has their
     parameters."""
     algo = load_algo(case.split("_")[0])
-    draw_by_shape(monkeypatch)
-    monkeypatch.setattr(common, "sample_batch", lambda dataset, key, batch_size: BATCH)
-    if hasattr(algo, "FlowPolicy"):
-        reverse_time(algo, monkeypatch)
+    reference.do_as_recorded(algo, BATCH, monkeypatch)
     if case in ("iql", "ifql"):
         critic_loss = algo.critic_loss
         monkeypatch.setattr(algo, "critic_loss", lambda *args: jax.tree.map(lambda x: 2 * x, critic_loss(*args)))
     args = algo.Args(hidden_dims=(16, 12, 10), **DEFAULTS, **CASES[case])
     state = algo.init(args, BATCH.obs.shape[-1], BATCH.action.shape[-1], 0)
-    return algo, args, with_parameters(state, theirs(case, "params", parameters(state)))
+    return algo, args, reference.with_parameters(state, theirs(case, "params", reference.parameters(state)))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_gradients_and_actions_are_those_of_fql(case, monkeypatch):
     algo, args, state = start(case, monkeypatch)
-    losses, gradients = losses_and_gradients(algo, args, state, BATCH)
+    losses, gradients = reference.losses_and_gradients(algo, args, state, BATCH)
     for network, loss in losses.items():
         np.testing.assert_allclose(loss, FQL[f"{case}/loss/{network}"], rtol=1e-5)
     assert_close(gradients, theirs(case, "grads", gradients), 2e-5)
@@ -77,12 +66,12 @@ def test_losses_gradients_and_actions_are_those_of_fql(case, monkeypatch):
     assert_close(algo.act(args, states, BATCH.obs[None], keys)[0], FQL[f"{case}/act"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["fql_mean", "iql", "ifql", "rebrac_tanh"])
 def test_twenty_updates_are_those_of_fql(case, monkeypatch):
     """All networks. Of the targets, which move little, more is asked: they move towards the old network."""
     algo, args, state = start(case, monkeypatch)
-    updates = jax.jit(lambda state: jax.lax.scan(functools.partial(algo.update, args, None), state, length=20))
-    after = parameters(updates(state)[0])
+    after = reference.twenty_updates(algo, args, state)
     for network, expected in theirs(case, "after20", after).items():
         assert_close(after[network], expected, 1e-6 if network.startswith("target") else 1e-5)
 

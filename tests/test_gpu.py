@@ -2,13 +2,17 @@
 
 import functools
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ALGOS, load_algo, small_args
+from conftest import ALGOS, ROOT, load_algo, small_args
 
 import common
+
+pytestmark = pytest.mark.slow
 
 
 def lowered(name, platform):
@@ -40,3 +44,10 @@ def test_train_lowers_for_a_cpu_with_one_seed_after_another(name, choices):
     loops = train.count("stablehlo.while") - train.count("func.func private @threefry2x32")  # a loop each, on a CPU
     assert loops == 2  # over the seeds, and over the updates of each
     assert train.count("stablehlo.case") == 2 + choices and train.count("}, {") == 1 + choices
+
+
+def test_importing_an_algorithm_opens_no_device():
+    """A worker process does, and a GPU has no room for a context per worker."""
+    code = "import common; common.load_algo('dmfql'); from jax._src import xla_bridge"
+    code += "; assert not xla_bridge.backends_are_initialized()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
