@@ -59,10 +59,12 @@ def test_a_gradient_far_longer_than_the_others_is_shortened(name):
     args, state, batch, _ = inputs(name, delta=0.01)
     long = lambda params, obs, action: (jnp.where(jnp.arange(32) == 3, 30, 1) * action.sum(-1))[None]
     state, batch = state._replace(critic=state.critic.replace(apply_fn=long)), batch._replace(action=0 * batch.action)
-    step = np.asarray(load_algo(name).optimal_action(args, state, batch)[0])
+    action, norm = load_algo(name).optimal_action(args, state, batch)
+    step = np.asarray(action)  # of the data's, 0
     norms = np.sqrt(3) * np.where(np.arange(32) == 3, 30, 1)
     lengths = 0.01 / norms.mean() * np.minimum(norms, norms.mean() + 2 * norms.std())
     np.testing.assert_allclose(np.linalg.norm(step, axis=-1), lengths, rtol=1e-4)
+    np.testing.assert_allclose(norm, norms.mean(), rtol=1e-4)  # what Table 3 shows is of the gradients as they are
     assert lengths.mean() < 0.009 and lengths[3] < 0.5 * 0.01 * norms[3] / norms.mean()
 
 
@@ -214,6 +216,22 @@ def test_trigflow_losses_against_numpy(name):
     np.testing.assert_allclose(loss, 3 * mean - q, rtol=1e-5)
     at_0 = state.actor.apply_fn(state.actor.params, batch.obs, batch.action, 0 * t, method="denoise")
     np.testing.assert_array_equal(at_0, batch.action)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", each_text("update"))
+def test_targets_move_towards_the_networks_before_their_step(name):
+    """In rebrac.py in every second update. (The steps of Adam are compared with the authors' and FQL's.)"""
+    args, state, dataset, _ = inputs(name, hidden_dims=(8,))
+    update = jax.jit(functools.partial(load_algo(name).update, args))
+    old, _ = update(dataset, state, None)
+    new, _ = update(dataset, old, None)
+    for net in ("critic", "actor"):
+        if hasattr(new, f"target_{net}"):
+            leaves = [getattr(old, f"target_{net}"), getattr(old, net).params, getattr(new, f"target_{net}")]
+            for target, online, moved in zip(*map(jax.tree.leaves, leaves)):
+                expected = 0.995 * np.float64(target) + 0.005 * np.float64(online)
+                np.testing.assert_allclose(moved, expected, rtol=0, atol=2e-7)
 
 
 def test_bptt_against_numpy():

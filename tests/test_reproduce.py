@@ -33,9 +33,12 @@ def test_the_tables_are_the_papers():
 
 
 def test_seeds_and_values_are_the_papers_or_those_of_the_flags():
-    args = {cell[:3]: cell.args for cell in expand(Selection(("table2", "figure6")), [])}
+    eight, four = ("table1", "table2", "table3", "figure3"), ("table4", "figure6", "figure7", "figure8")
+    cells = expand(Selection((*eight, *four)), [])
+    asked = {(table, (111, 222, 333, 444, 555, 666, 777, 888)) for table in eight}
+    assert {(cell.table, cell.args.seeds) for cell in cells} == asked | {(table, (11, 22, 33, 44)) for table in four}
+    args = {cell[:3]: cell.args for cell in cells}
     table, figure = args["table2", "scene-play", "dmfql"], args["figure6", "scene-play", "delta=0.3"]
-    assert table.seeds == (111, 222, 333, 444, 555, 666, 777, 888) and figure.seeds == (11, 22, 33, 44)
     assert (table.delta, figure.delta, table.num_updates, table.alpha) == (0.1, 0.3, 1_000_000, 300)
     assert args["table2", "pen-human-v1", "rebrac_gauss"].tanh is False
     flags = ["--num-updates=20", "--num-target-samples", "1", "--hidden-dims", "16", "16", "--seeds", "7"]
