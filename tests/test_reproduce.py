@@ -22,14 +22,15 @@ from run import append_rows, read_rows, rendering_backend
 
 
 def test_the_tables_are_the_papers():
-    """Each cell that the paper prints is asked for, and no other, but for IFQL as it took it over (ifql*)."""
+    """Each cell that the paper prints is asked for, and of its columns no other, but for IFQL as it took it over
+    (ifql*). A column of your own may stand beside them."""
     cells = expand(Selection(("table1", "table2", "table4")), [])
     printed = pd.read_csv(ROOT / "results" / "paper.csv")
     printed = {(row.table, row.task, row.column.rstrip("*")) for row in printed.itertuples() if row.table != "table3"}
     asked = {cell[:3] for cell in cells if cell.table != "table4"}
     columns = [f"num_samples={n}" for n in reproduce.NUM_SAMPLES]
     asked |= {("table4", cell.task, column) for cell in cells if cell.table == "table4" for column in columns}
-    assert asked == printed and len(cells) == 225
+    assert {cell for cell in asked if cell[2] in {column for _, _, column in printed}} == printed
 
 
 def test_seeds_and_values_are_the_papers_or_those_of_the_flags():
