@@ -626,7 +626,8 @@ def evaluate(
     slots = environments.num_slots // num_seeds
     starts = [[*episode_seeds(eval_seed, seed, update, num_episodes), 0] for seed in seeds]  # the last: no episode
     scores = np.full((num_seeds, num_episodes), np.nan)
-    episode, step = np.tile(np.arange(slots), (num_seeds, 1)), np.zeros((num_seeds, slots), np.int32)
+    episode = np.tile(np.minimum(np.arange(slots), num_episodes), (num_seeds, 1))
+    step = np.zeros((num_seeds, slots), np.int32)
     waiting = [iter(range(slots, num_episodes)) for _ in seeds]
     commands = {slot: starts[slot // slots][i] for slot, i in enumerate(episode.flat) if i < num_episodes}
     obs = None

@@ -95,8 +95,11 @@ def main(args: Args):
     if args.capture_video:  # the first seed's first episodes; the policy acts for all seeds
         policy = lambda obs, keys: module.act(run, states, *(np.repeat(x, len(seeds), axis=0) for x in (obs, keys)))[:1]
         warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once
-        films = min(slots, 4)
-        scores = common.evaluate(policy, Film(task, films, slots, args.folder), seeds[:1], step, films, run.eval_seed)
+        num_films = min(slots, 4)
+        film = Film(task, num_films, slots, args.folder)
+        scores = common.evaluate(policy, film, seeds[:1], step, num_films, run.eval_seed)
+        for env in film.envs.values():
+            env.close()  # while OpenGL is still there
         for episode, score in enumerate(scores[0]):
             print(f"{args.folder}/episode-{episode}.mp4: score {score:.1f}", flush=True)
 

@@ -67,6 +67,14 @@ def test_an_episode_starts_by_its_numbers_alone(task, action_dim):
         assert len(np.unique(np.concatenate([others, starts]).reshape(12, -1), axis=0)) == 12
 
 
+def test_fewer_episodes_than_slots_are_the_first_ones():
+    """As a film plays them: the other slots stay empty, and the policy's batch keeps its size."""
+    all_of_them = watch(Here(PENDULUM, 3), (5,), 3)
+    scores, _, keys = watch(Here(PENDULUM, 3), (5,), 1)
+    np.testing.assert_array_equal(scores[0], all_of_them[0][0, :1])
+    np.testing.assert_array_equal(keys[:, :, 0], all_of_them[2][:, :, 0])
+
+
 def test_noise_depends_on_the_episode_and_its_step_alone():
     """Not on the episode before it in its slot: steps are counted from 0."""
     _, _, keys = watch(Here(PENDULUM, 1), (5,), 2)
