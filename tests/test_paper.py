@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import PAIRS, assert_same, load_algo, make_states, small_args
+from conftest import PAIRS, assert_same, load_algo, make_states, slow_but, small_args
 from modes import learned_actions, mode_shares
 from reference import definitions, each_text, inputs
 
@@ -81,7 +81,7 @@ def test_optimal_action_is_clipped_keeps_still_where_q_is_flat_and_does_not_hide
     assert np.isnan(optimal_action(lambda p: p * jnp.nan)[0]).all()
 
 
-@pytest.mark.parametrize("base, name", PAIRS)
+@pytest.mark.parametrize("base, name", slow_but(PAIRS, ("mfql", "dmfql")))
 def test_delta_0_is_the_baseline_bit_for_bit(base, name, dataset):
     trained = {}
     for algo, changes in ((base, {}), (name, {"delta": 0.0})):
