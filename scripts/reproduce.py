@@ -58,6 +58,8 @@ table2   dmfrebrac             dmfrebrac  all      8
 table3   difql                 difql      ogbench  8
 table4   mfql                  mfql       ogbench  4
 figure3  dmfql                 dmfql      ogbench  8
+figure6  delta=0               dmfql      ogbench  4      --delta 0
+figure6  delta=0.01            dmfql      ogbench  4      --delta 0.01
 figure6  delta=0.03            dmfql      ogbench  4      --delta 0.03
 figure6  delta=0.1             dmfql      ogbench  4      --delta 0.1
 figure6  delta=0.3             dmfql      ogbench  4      --delta 0.3
