@@ -3,30 +3,28 @@
     python scripts/report.py table2 --tasks cube-single-play --name small -- --num-updates 20000 --seeds 1 2
     python scripts/report.py --name small   # once more, from results/small/runs.csv alone
 
-The first takes the arguments of reproduce.py. It finds the seeds of each cell anywhere in runs/, trained together or
-each as a run of its own, and writes results/<name>/runs.csv: a row per table, task, column, seed and evaluation, with
-the data and the code behind it. README.md and the pictures beside it are made of that file alone.
+The first takes the arguments of reproduce.py, and collects the runs of these cells, wherever they are in runs/, into
+results/<name>/runs.csv. README.md and the pictures beside it are made of that file alone.
 """
 
+import itertools
 import pathlib
+import re
 import sys
-import textwrap
 import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this checkout, whatever else is installed
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import scipy.stats
 import tyro
 from reproduce import Cell, Selection, expand, question
+from scipy.stats import bootstrap, trim_mean
 
 import common
 from run import identity, read_record, read_rows
 
-matplotlib.use("agg")  # draws files, not windows
 NORMS = ("table3", "figure3")  # these are of the gradients' mean norm, not of scores
 TEXT = """# Results: {name}
 
@@ -39,28 +37,21 @@ Made of [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 - "paper" is the paper's number, of its full size: published data, 8 seeds (4 in Table 4)."""
 
 
-# ------------------------------------------------------------------------------------------------------- collection
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     """A row per table, task, column, seed and evaluation of the selected cells, as far as they have been run."""
-    runs, parts = [], [pd.DataFrame()]
-    for path in sorted(pathlib.Path("runs").rglob("args.json")):
-        record = read_record(path.parent)
-        runs.append((path.parent, record, question(record["algo"], types.SimpleNamespace(**record["args"]))))
+    runs = [(path.parent, read_record(path.parent)) for path in sorted(pathlib.Path("runs").rglob("args.json"))]
+    answers = [question(record["algo"], types.SimpleNamespace(**record["args"])) for _, record in runs]
     paper = {cell[:3]: identity(cell.algo, cell.args) for cell in expand(selection, [])}
+    parts = []
     for cell in expand(selection, flags):
-        asked = question(cell.algo, cell.args)
-        found = [read_run(cell, folder, record) for folder, record, answer in runs if answer == asked]
-        if not found:
-            continue
-        rows = pd.concat(found, ignore_index=True)
-        rows = rows[rows.seed.isin(cell.args.seeds)]
-        # of a seed that was run more than once, the run that got furthest counts
-        furthest = rows.groupby(["seed", "run"]).size().sort_values(kind="stable").groupby("seed").tail(1).index
-        rows = rows[pd.MultiIndex.from_frame(rows[["seed", "run"]]).isin(furthest)]
-        values, usual = identity(cell.algo, cell.args), paper[cell[:3]]
-        changed = [f"{name} {value}" for name, value in values.items() if value != usual[name]]
-        plain = str.maketrans("", "", "[,]")  # hidden_dims 256 256
-        parts.append(rows.assign(changed=", ".join(text.translate(plain) for text in changed)))
+        asked, values, usual = question(cell.algo, cell.args), identity(cell.algo, cell.args), paper[cell[:3]]
+        changed = [re.sub(r"[\[,\]]", "", f"{name} {values[name]}") for name in values if values[name] != usual[name]]
+        found = [read_run(cell, *run) for run, answer in zip(runs, answers) if answer == asked]
+        seeds = [(seed, rows.assign(changed=", ".join(changed))) for run in found for seed, rows in run.groupby("seed")]
+        furthest = dict(sorted(seeds, key=lambda pair: len(pair[1])))  # keeps the longest of a seed's runs
+        parts += [furthest[seed] for seed in cell.args.seeds if seed in furthest]
+    if not parts:
+        raise common.Error("none of these cells has been run: scripts/reproduce.py with the same arguments does")
     return pd.concat(parts)
 
 
@@ -68,6 +59,7 @@ def read_run(cell: Cell, folder: pathlib.Path, record: dict) -> pd.DataFrame:
     """The evaluations of a run that fills a cell, a row per seed and step."""
     read = lambda name, *more: pd.DataFrame(read_rows(folder / name), columns=["seed", "step", *more]).astype(float)
     task, end, column = common.load_task(cell.task), cell.args.num_updates, cell.column
+    unit, first = task.unit, task.scored_from * end
     rows, train = read("eval.csv", "score"), read("train.csv", "diverged", "q_grad_norm")
     diverged = train[train.diverged == 1].groupby("seed").step.min()
     if cell.table == "table4":
@@ -77,30 +69,20 @@ def read_run(cell: Cell, folder: pathlib.Path, record: dict) -> pd.DataFrame:
         lost = pd.DataFrame({"seed": diverged.index, "step": float(end), "score": np.nan})
         rows = pd.concat([rows, lost], ignore_index=True).drop_duplicates(["seed", "step"], ignore_index=True)
     if cell.table in NORMS:  # the mean over the tenth of the run before each evaluation
-        train["step"] = np.ceil(train.step / (end // 10)) * (end // 10)
-        rows["score"] = rows.merge(train.groupby(["seed", "step"]).q_grad_norm.mean().reset_index(), "left").q_grad_norm
-    row = {
-        "table": cell.table,
-        "task": cell.task,
-        "column": column,
-        "algorithm": cell.algo,
-        "seed": rows.seed.astype(int),
-        "step": rows.step.astype(int),
-        "score": rows.score.mask(rows.step >= rows.seed.map(diverged)),
-        "unit": "mean gradient norm" if cell.table in NORMS else task.unit,
-        "counts": rows.step >= (0 if cell.table in NORMS else task.scored_from * end),  # towards the seed's score
-        "num_updates": end,
-        "data": f"{record['data']['source']} data ({record['data']['transitions']:,} transitions)",
-        "sha256": record["data"]["sha256"][:16],
-        "device": record["device"],
-        "versions": " ".join(f"{name}={version}" for name, version in record["versions"].items()),
-        "commit": " ".join(dict.fromkeys(str(code["commit"]) for code in (record, *record.get("resumed", ())))),
-        "run": str(folder),
-    }
+        tenths = np.ceil(train.step / (end // 10)) * (end // 10)
+        rows["score"] = rows.join(train.groupby(["seed", tenths]).q_grad_norm.mean(), ["seed", "step"]).q_grad_norm
+        unit, first = "mean gradient norm", 0
+    row = {"table": cell.table, "task": cell.task, "column": column, "algorithm": cell.algo}
+    row |= {"seed": rows.seed.astype(int), "step": rows.step.astype(int)}
+    row |= {"score": rows.score.mask(rows.step >= rows.seed.map(diverged)), "unit": unit}
+    row |= {"counts": rows.step >= first, "num_updates": end}  # counts: towards the seed's score
+    data, codes = record["data"], [record, *record.get("resumed", [])]
+    row |= {"data": f"{data['source']} data ({data['transitions']:,} transitions)", "sha256": data["sha256"][:16]}
+    row |= {"device": record["device"], "versions": " ".join(f"{k}={v}" for k, v in record["versions"].items())}
+    row |= {"commit": " ".join(dict.fromkeys(str(code["commit"]) for code in codes)), "run": str(folder)}
     return pd.DataFrame(row, index=rows.index)
 
 
-# ------------------------------------------------------------------------------------------------------- statistics
 def final_scores(rows: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
     """{(task, column): scores of its finished seeds}, by the paper's protocol; NaN where one diverged."""
     last = rows.groupby(["task", "column", "seed"]).step.transform("max")
@@ -111,7 +93,7 @@ def final_scores(rows: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
 
 def iqm(*scores: np.ndarray, axis: int = -1):
     """Interquartile mean over all tasks' scores [..., seeds], the mean of their middle half: [...]."""
-    return scipy.stats.trim_mean(np.concatenate(scores, axis=axis), 0.25, axis=axis)
+    return trim_mean(np.concatenate(scores, axis=axis), 0.25, axis=axis)
 
 
 def improvement(*scores: np.ndarray, axis: int = -1):
@@ -122,92 +104,71 @@ def improvement(*scores: np.ndarray, axis: int = -1):
 
 
 def estimate(statistic, scores: list[np.ndarray], digits: int) -> str:
-    """`statistic(*scores)` with its 95 % interval by a bootstrap of each task's scores [seeds]: stratified. A dash if
-    a task has a single seed, which says nothing of the others."""
-    if min(map(len, scores)) < 2:
+    """`statistic(*scores)` with its 95 % interval by a stratified bootstrap of each task's scores [seeds]. A dash where
+    a task has a single seed, or one that diverged."""
+    if min(map(len, scores)) < 2 or np.isnan(statistic(*scores)):
         return "–"
-    value = float(statistic(*scores))
-    if np.isnan(value):
-        return "nan"
-    drawn = scipy.stats.bootstrap(scores, statistic, n_resamples=10_000, method="percentile", rng=0)
-    low, high = drawn.confidence_interval
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    low, high = bootstrap(scores, statistic, n_resamples=10_000, method="percentile", rng=0).confidence_interval
+    return f"{statistic(*scores):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-# ----------------------------------------------------------------------------------------------------- tables, text
 def label(rows: pd.DataFrame) -> str:
     """What sets results apart from the paper's: other settings and other data."""
-    changed = ", ".join(dict.fromkeys(part for text in rows.changed.unique() for part in text.split(", ") if part))
+    changed = ", ".join(dict.fromkeys(", ".join(rows.changed.dropna().unique()).split(", ")))
     return f"{f'REDUCED: {changed}' if changed else 'Full size'}; on {' or '.join(rows.data.unique())}"
 
 
 def show(scores: list[np.ndarray], digits: int) -> str:
     """Of a task, mean and standard deviation (ddof 0) over seeds; of several, the mean. One that diverged is told."""
-    lost, (first, *others) = sum(np.isnan(x).sum() for x in scores), scores
-    if lost:
+    if lost := sum(np.isnan(x).sum() for x in scores):
         return f"nan ({lost} of {sum(map(len, scores))} diverged)"
     mean = f"{np.mean([x.mean() for x in scores]):.{digits}f}"
-    return mean if others or len(first) == 1 else f"{mean} ± {first.std():.{digits}f}"
+    return mean if len(scores) > 1 or len(scores[0]) == 1 else f"{mean} ± {scores[0].std():.{digits}f}"
 
 
 def score_table(table: str, rows: pd.DataFrame) -> str:
     """A row per task and column of the paper's table; above these, if there are several tasks, a row of all tasks."""
-    printed = pd.read_csv(common.ROOT / "results" / "paper.csv").iloc[::-1]  # its own come after those it copied (*)
-    paper = {(row.table, row.task, row.column.rstrip("*")): (row.mean, row.std) for row in printed.itertuples()}
+    paper = {row[:3]: row[3:] for row in pd.read_csv(common.ROOT / "results" / "paper.csv").itertuples(index=False)}
     scores, columns, tasks = final_scores(rows), list(rows.column.unique()), list(rows.task.unique())
-    digits, lines = 2 if table in NORMS else 1, []
-    for group in ([tasks] if len(tasks) > 1 else []) + [[task] for task in tasks]:
-        for c in columns:
-            ours, base = ([scores[t, name] for t in group if (t, name) in scores] for name in (c, c[1:]))
-            theirs = [paper[table, t, c] for t in group if (table, t, c) in paper]
-            paired = c[0] == "d" and c[1:] in columns
-            line = [f"all {len(group)} tasks" if len(group) > 1 else group[0], f"**{c}**" if paired else c, *[""] * 5]
-            if len(ours) == len(group):
-                line[2] = " or ".join(str(n) for n in sorted(set(map(len, ours))))
-                line[3] = show(ours, digits)
-                line[4] = estimate(iqm, ours, digits)
-                line[5] = estimate(improvement, ours + base, 2) if paired and len(base) == len(group) else ""
-            else:
-                begun = rows[rows.task.isin(group) & (rows.column == c)].groupby("task")[["step", "num_updates"]].max()
-                line[3] = f"{(begun.step / begun.num_updates).sum() / len(group):.0%} done"
-            if len(theirs) == len(group):
-                mean, std = np.mean(theirs, axis=0)
-                line[6] = f"{mean:.{digits}f}" if len(group) > 1 or np.isnan(std) else f"{mean:g} ± {std:g}"
-            lines.append(line)
-    head = ["task", "algorithm", "seeds", rows.unit.iloc[0], "IQM [95 %]", "P(better) [95 %]", "paper"]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    digits = 2 if table in NORMS else 1
+    lines = [["task", "algorithm", "seeds", rows.unit.iloc[0], "IQM [95 %]", "P(better) [95 %]", "paper"], ["---"] * 7]
+    for group, c in itertools.product([tasks] * (len(tasks) > 1) + [[task] for task in tasks], columns):
+        baseline = c[1:] if c[0] == "d" else None
+        ours, base = ([scores[t, name] for t in group if (t, name) in scores] for name in (c, baseline))
+        task = f"all {len(group)} tasks" if len(group) > 1 else group[0]
+        line = [task, f"**{c}**" if base else c, "", "unfinished", "", "", ""]
+        if len(ours) == len(group):
+            line[2] = " or ".join(map(str, sorted(set(map(len, ours)))))
+            line[3], line[4] = show(ours, digits), estimate(iqm, ours, digits)
+            if len(base) == len(group):
+                line[5] = estimate(improvement, ours + base, 2)
+        theirs = [paper.get((table, t, c), paper.get((table, t, f"{c}*"))) for t in group]  # *: not of its own runs
+        if all(theirs):
+            mean, std = np.mean(theirs, axis=0)
+            line[6] = f"{mean:.{digits}f}" if len(group) > 1 or np.isnan(std) else f"{mean:g} ± {std:g}"
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------------- picture
 def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
-    """Curves over training. A task has a panel for each D- file with its baseline, and one for all others."""
+    """Curves over training: a row of panels per task, a panel for each D- file with its baseline and one for others."""
     tasks, columns = rows.task.unique(), list(rows.column.unique())
     pairs = [[c, f"d{c}"] for c in columns if f"d{c}" in columns]
     groups = [group for group in (*pairs, [c for c in columns if c not in sum(pairs, [])]) if group]
-    panels = [(task, group) for task in tasks for group in groups]
-    width = len(groups) if len(groups) > 1 else min(3, len(tasks))
-    height = -(-len(panels) // width)
-    size = (max(7, 4 * width), 3 * height + 1)
-    figure, axes = plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained", sharey="row")
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (task, group) in zip(axes.flat, panels):
-        for i, column in enumerate(group):
+    size = 4 * len(groups) + 3, 3 * len(tasks) + 1
+    fig, axes = plt.subplots(len(tasks), len(groups), figsize=size, squeeze=False, layout="constrained", sharey="row")
+    for axis, (task, group) in zip(axes.flat, itertools.product(tasks, groups)):
+        for column in group:
             seeds = rows[(rows.task == task) & (rows.column == column)].pivot(index="step", columns="seed")["score"]
             mean, std = seeds.mean(axis=1, skipna=False), seeds.std(axis=1, ddof=0, skipna=False)
-            color = ("0.4", "C0")[i] if group in pairs else f"C{i + 1}"
-            name, line = f"{column}, {len(seeds.columns)} seed", "--" if f"d{column}" in group else "-"
-            axis.plot(mean.index, mean, line, color=color, label=name + "s" * (len(seeds.columns) > 1))
-            axis.fill_between(mean.index, mean - std, mean + std, alpha=0.2, color=color, linewidth=0)
-        axis.set(title=task, xlabel="updates", ylabel=rows.unit.iloc[0])
-        if rows.unit.iloc[0] == "% success":
-            axis.set_ylim(0, 100)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+            x = seeds.index / 1000
+            axis.plot(x, mean, "--" if f"d{column}" in group else "-", label=f"{column}, {seeds.shape[1]} seed(s)")
+            axis.fill_between(x, mean - std, mean + std, alpha=0.2)
+        axis.set(title=task, xlabel="thousand updates", ylabel=rows.unit.iloc[0])
+        axis.set_ylim((0, 100) if rows.unit.iloc[0] == "% success" else None)
         axis.legend(fontsize=8)
-    lines = f"{title}: mean over seeds, band ± 1 standard deviation", label(rows)
-    figure.suptitle("\n".join(textwrap.fill(line, int(13 * size[0])) for line in lines), fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    fig.suptitle(f"{title}: mean over seeds, band ± 1 standard deviation. {label(rows)}", fontsize=9, wrap=True)
+    fig.savefig(path, dpi=120)
 
 
 def main(args: Selection, flags: list[str]):
@@ -215,16 +176,12 @@ def main(args: Selection, flags: list[str]):
     folder = pathlib.Path("results", args.name)
     if args.targets:
         rows = collect(args, flags)
-        if rows.empty:
-            raise common.Error("none of these cells has been run: scripts/reproduce.py with the same arguments does")
         folder.mkdir(parents=True, exist_ok=True)
         rows.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
     elif not (folder / "runs.csv").exists():
         raise common.Error(f"there is no {folder}/runs.csv: name the tables to collect, like table1, or another --name")
-    texts, rows = [TEXT.format(name=args.name)], pd.read_csv(folder / "runs.csv", dtype={"changed": str})
-    rows["changed"] = rows.changed.fillna("")
+    rows, texts = pd.read_csv(folder / "runs.csv"), [TEXT.format(name=args.name)]
     for (table, unit), part in rows.groupby(["table", "unit"], sort=False):
-        part = part.sort_values("task", key=lambda names: names.map(list(common.PAPER).index), kind="stable")
         title = f"{table[:-1].capitalize()} {table[-1]}, {unit}"
         title += f" of {part.algorithm.iloc[0]}" * (part.algorithm.nunique() == 1)
         texts += [f"## {title}", label(part), score_table(table, part)]
