@@ -1,6 +1,6 @@
 """Makes OGBench's `*-play` datasets of cube, scene and puzzle anew, with the scripted oracles that ship in its wheel.
 
-    python scripts/generate.py scene-play-v0 100 scene.npz     # and scene-val.npz, of 10
+    python scripts/generate.py scene-play-v0 100 scene.npz
 
 The recipe is that of OGBench's `data_gen_scripts/generate_manipspace.py`: episodes of 1001 steps, oracle noise 0.1 with
 smoothing 0.5, a new target whenever the oracle is done. That script never uses its seed; here episode i depends on
@@ -8,7 +8,7 @@ i alone, so 100 episodes are the first 100 of 1000, whatever the number of proce
 """
 
 import collections
-import concurrent.futures.process
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -31,17 +31,13 @@ import common
 EPISODE_STEPS = 1001
 NOISE = dict(noise=0.1, noise_smoothing=0.5)
 STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5), octuple=(0, 0.35))
-VALIDATION = 1_000_000  # validation episode j is episode VALIDATION + j, however many there are to train on
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    dataset: tyro.conf.Positional[str]
-    """name of the published set, like scene-play-v0"""
-    num_episodes: tyro.conf.Positional[int]
-    """training episodes; a tenth as many are made to validate on"""
-    path: tyro.conf.Positional[pathlib.Path | None] = None
-    """file to write (None: <dataset>.npz here)"""
+    dataset: tyro.conf.Positional[str]  # name of the published set, like scene-play-v0
+    num_episodes: tyro.conf.Positional[int]  # how many to make
+    path: tyro.conf.Positional[pathlib.Path | None] = None  # file to write (None: <dataset>.npz here)
 
 
 @functools.cache
@@ -109,47 +105,28 @@ def collect_episode(dataset: str, episode: int) -> dict[str, np.ndarray]:
             return {key: np.array(values, dtypes.get(key, np.float32)) for key, values in steps.items()}
 
 
-def generate(dataset: str, num_episodes: int, path: pathlib.Path):
-    """Writes `num_episodes` training episodes to `path` and a tenth as many to <path>-val, on all cores.
-
-    The keys, dtypes and shapes are those of the published files, so that ogbench's own loader reads them. Both files
-    appear whole or not at all.
-    """
-    num_val = max(1, num_episodes // 10)
-    episodes = [*range(num_episodes), *range(VALIDATION, VALIDATION + num_val)]
-    context = multiprocessing.get_context("forkserver")
-    with concurrent.futures.ProcessPoolExecutor(common.usable_cores(), context, common.follow_parent) as pool:
-        try:
-            arrays = pool.map(functools.partial(collect_episode, dataset), episodes)
-            arrays = list(tqdm(arrays, f"generating {dataset}", len(episodes), unit="episode"))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    for part, where in ((arrays[num_episodes:], path.with_stem(path.stem + "-val")), (arrays[:num_episodes], path)):
-        temporary = where.with_suffix(".tmp.npz")
-        try:
-            np.savez_compressed(temporary, **{key: np.concatenate([a[key] for a in part]) for key in part[0]})
-            os.replace(temporary, where)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def main(args: Args):
-    """Makes the file, or ends in a sentence."""
+    """Makes the episodes on all cores and writes the file, which appears whole or not at all.
+
+    Its keys, dtypes and shapes are those of the published files, so that ogbench's own loader reads it.
+    """
     if not common.can_generate(f"{args.dataset}.npz") or args.num_episodes < 1:
         raise common.Error(f"{args.num_episodes} episodes of {args.dataset} cannot be made: "
-                           f"give a dataset like scene-play-v0, of cube, scene or puzzle")  # fmt: skip
+                           f"give a set like scene-play-v0, of cube, scene or puzzle")  # fmt: skip
     path = args.path or pathlib.Path(f"{args.dataset}.npz")
+    context = multiprocessing.get_context("forkserver")
+    with concurrent.futures.ProcessPoolExecutor(common.usable_cores(), context, common.follow_parent) as pool:
+        episodes = pool.map(functools.partial(collect_episode, args.dataset), range(args.num_episodes))
+        episodes = list(tqdm(episodes, f"generating {args.dataset}", args.num_episodes, unit="episode"))
+    temporary = path.with_suffix(".tmp.npz")
     try:
-        generate(args.dataset, args.num_episodes, path)
+        np.savez_compressed(temporary, **{key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]})
+        os.replace(temporary, path)
     except OSError as error:
-        raise common.Error(f"cannot write {path} ({error.strerror or error}): make room there, or give another path")
-    except concurrent.futures.process.BrokenProcessPool:
-        raise common.Error(f"cannot make {path}: a process died, perhaps of too little memory: start again")
+        temporary.unlink(missing_ok=True)
+        raise common.Error(f"cannot write {path} ({error.strerror}): make room there, or give another path")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, and its processes follow
+    main(tyro.cli(Args))

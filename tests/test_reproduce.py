@@ -1,14 +1,11 @@
 """reproduce.py: what a table expands to, where its runs stand, how they are run, and a small grid."""
 
 import dataclasses
-import itertools
 import json
 import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import imageio_ffmpeg
 import pandas as pd
@@ -20,101 +17,66 @@ from reproduce import Selection, expand, look
 import common
 from run import append_rows, read_rows, rendering_backend
 
+EIGHT, FOUR = ("table1", "table2", "table3", "figure3"), ("table4", "figure6", "figure7", "figure8")
 
-def test_the_tables_are_the_papers():
-    """Each cell that the paper prints is asked for, and of its columns no other, but for IFQL as it took it over
-    (ifql*). A column of your own may stand beside them."""
-    cells = expand(Selection(("table1", "table2", "table4")), [])
-    printed = pd.read_csv(ROOT / "results" / "paper.csv")
+
+def test_cells_seeds_and_values_are_the_papers():
+    cells = expand(Selection(EIGHT + FOUR), [])
+    printed = pd.read_csv(ROOT / "results" / "paper.csv")  # ifql* is what the paper took over
     printed = {(row.table, row.task, row.column.rstrip("*")) for row in printed.itertuples() if row.table != "table3"}
-    asked = {cell[:3] for cell in cells if cell.table != "table4"}
-    columns = [f"num_samples={n}" for n in reproduce.NUM_SAMPLES]
-    asked |= {("table4", cell.task, column) for cell in cells if cell.table == "table4" for column in columns}
+    asked = {cell[:3] for cell in cells if cell.table in ("table1", "table2")}
+    tasks = {cell.task for cell in cells if cell.table == "table4"}
+    asked |= {("table4", task, f"num_samples={n}") for task in tasks for n in reproduce.NUM_SAMPLES}
     assert {cell for cell in asked if cell[2] in {column for _, _, column in printed}} == printed
-
-
-def test_seeds_and_values_are_the_papers_or_those_of_the_flags():
-    eight, four = ("table1", "table2", "table3", "figure3"), ("table4", "figure6", "figure7", "figure8")
-    cells = expand(Selection((*eight, *four)), [])
-    asked = {(table, (111, 222, 333, 444, 555, 666, 777, 888)) for table in eight}
-    assert {(cell.table, cell.args.seeds) for cell in cells} == asked | {(table, (11, 22, 33, 44)) for table in four}
+    seeds = {(table, (111, 222, 333, 444, 555, 666, 777, 888)) for table in EIGHT}
+    assert {(cell.table, cell.args.seeds) for cell in cells} == seeds | {(table, (11, 22, 33, 44)) for table in FOUR}
     args = {cell[:3]: cell.args for cell in cells}
     table, figure = args["table2", "scene-play", "dmfql"], args["figure6", "scene-play", "delta=0.3"]
     assert (table.delta, figure.delta, table.num_updates, table.alpha) == (0.1, 0.3, 1_000_000, 300)
     assert args["table2", "pen-human-v1", "rebrac_gauss"].tanh is False
-    flags = ["--num-updates=20", "--num-target-samples", "1", "--hidden-dims", "16", "16", "--seeds", "7"]
-    difql, dmfql = (c.args for c in expand(Selection(("table1", "table2"), ("scene-play",), ("difql", "dmfql")), flags))
+
+
+def test_flags_go_to_every_algorithm_that_has_them_and_typing_errors_are_refused():
+    flags = ["--num-updates=20", "--num-target-samples", "2", "--hidden-dims", "16", "16", "--seeds", "7"]
+    selection = Selection(("table1", "table2", "figure8"), ("scene-play",), ("difql", "dmfql", "num_target_samples=1"))
+    difql, dmfql, figure = (cell.args for cell in expand(selection, flags))
     assert difql.num_updates == dmfql.num_updates == 20 and difql.hidden_dims == (16, 16) and difql.seeds == (7,)
-    assert dmfql.num_target_samples == 1 and not hasattr(difql, "num_target_samples")
+    assert not hasattr(difql, "num_target_samples")
+    assert (dmfql.num_target_samples, figure.num_target_samples) == (2, 1)  # what a figure sets itself stays
+    for table, task, flags in (("tabel1", TASK, []), ("table1", "scene-pley", []), ("table1", TASK, ["--num-update"])):
+        with pytest.raises(common.Error, match="nothing that was selected has .*(tabel1|scene-pley|num_update)"):
+            expand(Selection((table,), (task,)), flags)
 
 
 def test_cells_share_a_folder_if_the_same_run_fills_them_and_only_then():
-    targets = ("table1", "table2", "table3", "table4", "figure3", "figure6", "figure7", "figure8")
     for flags in ([], ["--seeds", "1", "2"]):
-        cells = expand(Selection(targets, ("scene-play", TASK)), flags)
+        cells = expand(Selection(EIGHT + FOUR, ("scene-play", TASK)), flags)
         run = lambda cell: (json.dumps(reproduce.question(cell.algo, cell.args)), cell.args.seeds)
         runs, folders = {run(cell) for cell in cells}, {cell.folder for cell in cells}
         assert len({(run(cell), cell.folder) for cell in cells}) == len(runs) == len(folders) < len(cells)
-    names = {cell.folder.name for cell in expand(Selection(("figure6", "table1"), ("scene-play",)), [])}
-    assert {"dmfql_delta=0.03_4-seeds", "dmfql_4-seeds", "difql"} < names  # delta 0.1 is the paper's
-
-
-@pytest.mark.parametrize(
-    "words, flags, sentence",
-    [
-        ("tabel1", "", "nothing that was selected has tabel1"),
-        ("table1 scene-pley", "", "nothing that was selected has scene-pley"),
-        ("table1 cube-single-play dmfql", "", "nothing that was selected has .*dmfql"),
-        ("table4 pen-human-v1", "", "nothing that was selected has pen-human-v1"),
-        ("table1", "--num-target-samples 1", "has num_target_samples"),
-        ("table1", "20000", "has 20000"),
-        ("figure8", "--num_target_samples=2", "figure8 sets num_target_samples itself"),
-        ("table1", "--no-tanh", "table1 sets tanh itself"),
-        ("table2", "--env-name cube-single-play", "table2 sets env_name itself"),
-        ("table2", "--num-updates 15", "give a multiple of 10"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused(words, flags, sentence):
-    with pytest.raises(common.Error, match=sentence):
-        expand(Selection(*((word,) for word in words.split())), flags.split())
-
-
-def test_what_cannot_be_started_is_refused():
-    for changes, sentence in (({"targets": ()}, "nothing is selected"), ({"jobs": 0}, "--jobs 0 is impossible")):
-        with pytest.raises(common.Error, match=sentence):
-            reproduce.main(dataclasses.replace(reproduce.Args(("table1",)), **changes), [])
 
 
 def test_where_a_run_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (cell,) = expand(Selection(("table4",), (TASK,)), ["--num-updates", "20", "--seeds", "1", "2"])
-    assert look(cell) == ("new", ["algos/mfql.py", "--folder", f"runs/paper/{TASK}/mfql", *cell.flags])
-    record = {"algo": "mfql", "data": {"sha256": "0"}, "commit": "c", "versions": {}}
+    (cell,) = expand(Selection(("table4",), (TASK,)), ["--num-updates", "20", "--seeds", "1"])
+    assert look(cell) == ("new", [f"{ROOT}/algos/mfql.py", *cell.flags, "--folder", f"runs/paper/{TASK}/mfql"])
     cell.folder.mkdir(parents=True)
-
-    def write(**changes):
-        args = dataclasses.asdict(dataclasses.replace(cell.args, **changes))
-        (cell.folder / "args.json").write_text(json.dumps(record | {"args": args}))
-
-    def score(*steps, file="eval.csv", **more):
-        for step, seed in itertools.product(steps, (1, 2)):
-            append_rows(cell.folder / file, [{"step": step, "seed": seed, "score": 0} | more])
-
-    for changes in ({"seeds": (1,)}, {"num_samples": 3}, {"generate_episodes": 4}):
-        write(**changes)
-        with pytest.raises(common.Error, match="was run with .*: choose another --name"):
-            look(cell)
-    write(num_workers=3, track=True)  # which changes no number
-    score(*range(2, 16, 2))
-    assert look(cell) == ("70 % done", ["algos/mfql.py", "--resume", str(cell.folder)])
+    for changes in ({"seeds": (1, 2)}, {"num_samples": 3}, {"generate_episodes": 4}, {"num_workers": 3}):
+        record = {"algo": "mfql", "args": dataclasses.asdict(cell.args) | changes}
+        (cell.folder / "args.json").write_text(json.dumps(record))
+        if "num_workers" not in changes:  # which changes no number
+            with pytest.raises(common.Error, match="other arguments than these: choose another --name"):
+                look(cell)
+    scores = [{"step": step, "seed": 1, "score": 0} for step in range(2, 22, 2)]
+    append_rows(cell.folder / "eval.csv", scores[:7])
+    assert look(cell) == ("70 % done", [f"{ROOT}/algos/mfql.py", "--resume", str(cell.folder)])
     held = common.lock(cell.folder / ".lock")
     assert look(cell) == ("running", [])
     held.release()
-    score(16, 18, 20)
+    append_rows(cell.folder / "eval.csv", scores[7:])
     assert look(cell._replace(table="table2")) == ("finished", [])
-    assert look(cell)[1][:2] == ["scripts/evaluate.py", str(cell.folder)]
-    for n in reproduce.NUM_SAMPLES:
-        score(20, file="num_samples.csv", num_samples=n)
+    assert look(cell)[1][:2] == [f"{ROOT}/scripts/evaluate.py", str(cell.folder)]
+    append_rows(cell.folder / "num_samples.csv", [scores[-1] | {"num_samples": n} for n in reproduce.NUM_SAMPLES])
     assert look(cell) == ("finished", [])
 
 
@@ -123,64 +85,53 @@ import os, pathlib, signal, sys, time
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped at update 7"))
 os.kill(os.getpid(), signal.SIGUSR2)  # as SLURM does at the time limit
-pathlib.Path(sys.argv[1]).touch()
-if sys.argv[1] == "run3":
+name = pathlib.Path(sys.argv[1])
+name.touch()
+if name.name == "killer":
     os.kill(os.getppid(), signal.SIGTERM)  # to reproduce.py, which sends SIGINT back
     signal.pause()
-while len(list(pathlib.Path().glob("run?"))) < 2:
+while len(list(name.parent.glob("run?"))) < 2:  # two run at a time
     time.sleep(0.01)
-print("score:", os.environ["CUDA_VISIBLE_DEVICES"])
-sys.exit("error: no" if sys.argv[1] == "run2" else 0)
+print("score:", os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+sys.exit(0 if name.name in ("run0", "run1") else "error: no")
 """
 
 
-@pytest.fixture
-def run_fakes(tmp_path, monkeypatch, capsys):
-    """Brings runs of PROGRAM to their end, two at a time on GPUs 4 to 7: how many failed, and what was printed."""
-    monkeypatch.chdir(tmp_path)
+def test_runs_share_the_gpus_and_failures_and_signals_leave_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     (tmp_path / "program.py").write_text(PROGRAM)
-    stand = lambda cell: "finished" if cell.folder.exists() and cell.folder.name in ("run0", "run1") else "0 % done"
-    command = lambda cell: [] if stand(cell) == "finished" else [str(tmp_path / "program.py"), cell.folder.name]
-    monkeypatch.setattr(reproduce, "look", lambda cell: (stand(cell), command(cell)))
-    cell = lambda i: reproduce.Cell("", "", "", "", (), None, tmp_path / f"run{i}")
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    yield lambda *which: (reproduce.run_here([cell(i) for i in which], jobs=2, gpus=2), capsys.readouterr().out)
+    ends = {"run0": "finished", "run1": "finished", "lost": "running"}  # another process was faster to start "lost"
+
+    def look(cell):
+        state = ends.get(cell.folder.name, "0 % done") if cell.folder.exists() else "new"
+        return state, [] if state in ends.values() else [tmp_path / "program.py", cell.folder]
+
+    monkeypatch.setattr(reproduce, "look", look)
+    names = ("run0", "run1", "run2", "lost", "killer", "run3")
+    cells = [reproduce.Cell(*[None] * 6, folder=tmp_path / name) for name in names]
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)}
+    with pytest.raises(common.Error, match="1 of 4 runs failed"):
+        reproduce.run_here(cells[:4], jobs=2, gpus=2)
+    out = capsys.readouterr().out
+    assert {*re.findall("finished  .*run[01]  score: (.*)", out)} == {"4,5", "6,7"}
+    assert re.search("FAILED 1  .*run2  error: no\n", out) and re.search("running   .*lost  error: no\n", out)
+    with pytest.raises(SystemExit, match="130"):
+        reproduce.run_here(cells[4:], jobs=1, gpus=0)
+    assert re.fullmatch("start .*killer\n0 % done  .*killer  stopped at update 7\n", capsys.readouterr().out)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def test_runs_at_a_time_share_the_gpus_and_one_that_fails_leaves_the_others(run_fakes):
-    failed, out = run_fakes(0, 1, 2)
-    assert failed == 1 and {*re.findall("finished  .*run[01]  score: (.*)", out)} == {"4,5", "6,7"}
-    assert re.search("FAILED    .*run2  error: no", out)
-    with pytest.raises(common.Error, match="more GPUs than CUDA_VISIBLE_DEVICES has"):
-        reproduce.run_here([], jobs=3, gpus=2)
-
-
-def test_signals_let_runs_save(run_fakes, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="130"):
-        run_fakes(3)
-    assert re.search("stopping: .*\n0 % done  .*run3  stopped at update 7\n", capsys.readouterr().out)
-
-
-def test_a_run_of_another_reproduce_is_left_alone(run_fakes, tmp_path):
-    held = common.lock(tmp_path / ".run0.lock")
-    assert run_fakes(0) == (0, f"running   {tmp_path}/run0  (another process trains it)\n")
-    held.release()
-
-
-def test_a_job_of_slurm_saves_and_is_queued_again_when_its_time_is_up(tmp_path):
-    ready, saved = tmp_path / "ready", tmp_path / "saved"
-    code = "import pathlib, signal, sys, time\n"
-    code += f"def save(*_): pathlib.Path({str(saved)!r}).touch(); sys.exit(3)\n"
-    code += f"signal.signal(signal.SIGTERM, save); pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
-    job = reproduce.Job([sys.executable, "-c", code])
-    threading.Thread(target=lambda: pytest.raises(RuntimeError, job)).start()
-    while not ready.exists():
-        time.sleep(0.01)
-    assert job.checkpoint().function.command == job.command and saved.exists()
+def test_a_job_of_slurm_saves_and_is_queued_again_when_its_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: exit(open('saved', 'w').close())); "
+    code += "os.kill(os.getppid(), signal.SIGUSR2); signal.pause()"
+    job, command, queued = reproduce.Job(), [sys.executable, "-c", code], []
+    handler = signal.signal(signal.SIGUSR2, lambda *_: queued.append(job.checkpoint(command)))  # as submitit does
+    with pytest.raises(ChildProcessError):  # submitit ends the job before it waits again
+        job(command)
+    signal.signal(signal.SIGUSR2, handler)
+    assert (tmp_path / "saved").exists() and queued[0].function is job and queued[0].args == (command,)
 
 
 @pytest.mark.slow
@@ -195,10 +146,10 @@ def test_a_grid_from_end_to_end(home, tmp_path):
     grid += ["--num-updates", 20, "--eval-episodes", 1, "--hidden-dims", 8, 8, "--num-workers", 1, "--seeds", 5, 6]
     done = start("reproduce.py", *grid)
     assert done.returncode == 1 and done.stderr.startswith("error: 1 of 2 runs failed"), done
-    assert f"finished  runs/paper/{TASK}/mfql  score: " in done.stdout
-    assert "FAILED    runs/paper/antmaze-large-navigate/mfql  error: " in done.stdout
+    assert f"finished   runs/paper/{TASK}/mfql  score: " in done.stdout
+    assert "FAILED 1   runs/paper/antmaze-large-navigate/mfql  error: " in done.stdout
     out = start("reproduce.py", "--dry-run", *grid).stdout
-    assert "\nfinished " in out and out.startswith("new ") and "1 of 2 runs to do" in out
+    assert out.startswith("1 of 2 runs to do") and "\nfinished " in out and "\nnew " in out
     try:
         rendering_backend()
     except common.Error:
