@@ -18,9 +18,7 @@ import gymnasium
 import h5py
 import numpy as np
 
-DATASET_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/hand_dapg_v1"
-MUJOCO_VERSION = "3.1.6"
-MUJOCO_PYTHON_3_13 = "3.2.6"
+MUJOCO_VERSIONS = ("3.1.6", "3.2.6")
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -112,21 +110,13 @@ class D4RLReward(gymnasium.Wrapper):
         return obs, HANDS[self.hand].reward(data), terminated, truncated, info
 
 
-def check_mujoco_version(version: str | None = None) -> str:
-    """What to say of the installed MuJoCo (or the given version), in one sentence; nothing, "", of 3.1.6.
-
-    The first wheel for Python 3.13, 3.2.6, reproduced d4rl's rollouts as well; with 3.2.7 those of door and relocate
-    differ. Raises ValueError from 3.3 on, where all four hands move differently from the first contacts on.
-    """
-    version = version or importlib.metadata.version("mujoco")
-    wanted = f"pip install mujoco=={MUJOCO_VERSION} (or, on Python 3.13, {MUJOCO_PYTHON_3_13})"
-    if tuple(int(part) for part in version.split(".")[:2]) >= (3, 3):
-        raise ValueError(f"MuJoCo {version} simulates Adroit's contacts differently from d4rl: {wanted}")
-    if version == MUJOCO_PYTHON_3_13:
-        return f"MuJoCo {version} stands in for {MUJOCO_VERSION}, and matches d4rl's recordings as closely"
-    if version != MUJOCO_VERSION:
-        return f"MuJoCo {version} may simulate Adroit's contacts differently from d4rl: {wanted}"
-    return ""
+def check_mujoco():
+    """Raises ValueError if the installed MuJoCo is not known to reproduce d4rl's rollouts. (3.2.6 is the first with a
+    wheel for Python 3.13. With 3.2.7 door and relocate differ, from 3.3 on all hands.)"""
+    version, (wanted, on_3_13) = importlib.metadata.version("mujoco"), MUJOCO_VERSIONS
+    if version not in MUJOCO_VERSIONS:
+        raise ValueError(f"MuJoCo {version} simulates Adroit's contacts differently from d4rl: "
+                         f"pip install mujoco=={wanted} (or, on Python 3.13, {on_3_13})")  # fmt: skip
 
 
 def make_env(hand: str, render_mode: str | None = None) -> gymnasium.Env:
@@ -152,25 +142,6 @@ def normalized_score(hand: str, episode_return: float) -> float:
     return (episode_return - low) / (high - low) * 100
 
 
-def _read(file: h5py.File, key: str, width: int | None) -> np.ndarray:
-    """One array of a file: float32 [N, width], or [N] where width is None. Raises ValueError where it is not that."""
-    if not isinstance(file.get(key), h5py.Dataset):
-        raise ValueError(f'"{key}" is missing')
-    values = np.asarray(file[key][()])
-    if values.dtype.kind not in "fbiu":
-        raise ValueError(f'"{key}" is not numeric but {values.dtype}')
-    if width is None and values.shape[1:] == (1,):  # d4rl takes columns, too
-        values = values[:, 0]
-    expected = (width,) if width else ()
-    if not values.shape or values.shape[1:] != expected:
-        raise ValueError(f'"{key}" has shape {list(values.shape)}, not {["N", *expected]}'.replace("'", ""))
-    with np.errstate(over="ignore"):
-        values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f'"{key}" holds values that are not finite')
-    return values
-
-
 def load_transitions(path: str | os.PathLike, hand: str) -> dict[str, np.ndarray]:
     """Reads D4RL's hdf5 layout into the transitions of d4rl 1.1's `qlearning_dataset`, all float32.
 
@@ -180,22 +151,19 @@ def load_transitions(path: str | os.PathLike, hand: str) -> dict[str, np.ndarray
     Gives obs, next_obs [N, obs_dim]; action, next_action [N, action_dim], as stored (next_action is the one taken at
     next_obs); reward [N]; mask [N], 0 at terminals and 1 elsewhere. Raises ValueError, naming the file and its fault.
     """
-    widths = {"observations": HANDS[hand].obs_dim, "actions": HANDS[hand].action_dim}
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    shapes = {"observations": (HANDS[hand].obs_dim,), "actions": (HANDS[hand].action_dim,)}
+    shapes |= dict.fromkeys(("rewards", "terminals", "timeouts"), ())
     try:
         with h5py.File(path, "r", locking=False) as file:  # some NFS have no locks, and reading needs none
-            obs, action, reward, terminal, timeout = arrays = [_read(file, key, widths.get(key)) for key in keys]
-    except ValueError as error:
-        raise ValueError(f"{path} is not D4RL's {hand} data: {error}")
+            arrays = [np.asarray(file[key], np.float32).reshape(-1, *shape) for key, shape in shapes.items()]
     except Exception as error:  # a damaged file can make HDF5 raise anything
-        raise ValueError(f"{path} is not an HDF5 file, or it is cut short or damaged: {error}")
-    if len(lengths := {len(values) for values in arrays}) > 1:
-        raise ValueError(f"{path}: {', '.join(keys)} differ in length: {lengths}")
-    if not np.isin([terminal, timeout], (0, 1)).all():
-        raise ValueError(f"{path}: terminals and timeouts must be 0 or 1")
+        raise ValueError(f"{path} is damaged, or not D4RL's {hand} data ({error})")
+    if len({len(values) for values in arrays}) > 1 or not all(np.isfinite(values).all() for values in arrays):
+        raise ValueError(f"{path} is damaged: its arrays differ in length, or hold NaN or infinity")
+    obs, action, reward, terminal, timeout = arrays
     kept = timeout[:-1] == 0
     if not kept.any():
-        raise ValueError(f"{path}: no transitions")
+        raise ValueError(f"{path} is damaged: it has no transitions")
     # A kept row that is not terminal is followed by the next row of the same episode, so the shift must come first.
     rows = {"obs": obs[:-1], "action": action[:-1], "reward": reward[:-1], "mask": 1 - terminal[:-1]}
     return {key: values[kept] for key, values in (rows | {"next_obs": obs[1:], "next_action": action[1:]}).items()}

@@ -4,21 +4,17 @@ Nothing in here knows an algorithm.
 """
 
 import atexit
-import collections
 import collections.abc
-import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
-import http.client
 import importlib.util
 import math
 import multiprocessing
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -50,9 +46,6 @@ class Error(SystemExit):
             bar.close()  # so that the sentence has a line of its own
         super().__init__(f"error: {sentence}")
 
-
-if sys.platform == "win32":
-    raise Error("Windows has no fork, which the environments' processes need: use Linux, macOS or WSL")
 
 # ------------------------------------------------------------------------------------------------------------ tasks
 # The paper's Table 5 (delta, num_samples and alpha_critic of its IQL-based and Q-learning-based algorithms), and what
@@ -101,6 +94,8 @@ class Task:
     unit = "return"  # of a score
     scored_from = 1.0  # a run's score is the mean of its evaluations from this part of it on
     keys = ("rewards", "masks")  # of the file, besides observations, actions and terminals
+    url = ""  # of the folder that has the published file
+    folder = ("", "")  # where it is kept: the environment variable that says so, and the default
 
     def make_env(self, **kwargs) -> gymnasium.Env:
         """The environment whose episodes are the score; actions in [-1, 1]."""
@@ -121,18 +116,8 @@ class OGBench(Task):
     """One of OGBench's single tasks, scored by success, on data that it relabels with the task's rewards and masks."""
 
     num_updates, unit, scored_from, keys = 1_000_000, "% success", 0.8, ("qpos",)
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where its published data are kept."""
-        return home_folder("OGBENCH_DATASET_DIR", "~/.ogbench/data")
-
-    @property
-    def url(self) -> str:
-        """Where its published data can be had."""
-        import ogbench.utils
-
-        return f"{ogbench.utils.DATASET_URL}/{self.file}"
+    url = "https://rail.eecs.berkeley.edu/datasets/ogbench"
+    folder = ("OGBENCH_DATASET_DIR", "~/.ogbench/data")
 
     def make_env(self, **kwargs) -> gymnasium.Env:
         """OGBench 1.2 judges success at s; the paper's version judged s', so that is asked for."""
@@ -157,14 +142,8 @@ class D4RL(Task):
     """One of D4RL's Adroit hands, scored by its normalized return."""
 
     num_updates, unit, scored_from = 500_000, "normalized return", 1.0
-
-    @property
-    def folder(self) -> pathlib.Path:
-        return home_folder("D4RL_DATASET_DIR", "~/.d4rl/datasets")
-
-    @property
-    def url(self) -> str:
-        return f"{adroit.DATASET_URL}/{self.file}"
+    url = "http://rail.eecs.berkeley.edu/datasets/offline_rl/hand_dapg_v1"
+    folder = ("D4RL_DATASET_DIR", "~/.d4rl/datasets")
 
     def make_env(self, **kwargs) -> gymnasium.Env:
         return adroit.make_env(self.env_id, **kwargs)
@@ -177,24 +156,12 @@ class D4RL(Task):
         return Dataset(**data | {key: clip_action(data[key]) for key in ("action", "next_action")})
 
 
-def home_folder(variable: str, default: str) -> pathlib.Path:
-    """The folder that an environment variable names, or the default. Raises Error if there is no home for that."""
-    try:
-        return pathlib.Path(os.environ.get(variable) or default).expanduser()
-    except RuntimeError:
-        raise Error(f"there is no home folder for {default}: set HOME or {variable}")
-
-
 def load_task(name: str, dataset_path: str | None = None) -> Task:
     """The task called `name`: one of the paper's, an OGBench `*-singletask*-v0` id, an Adroit dataset, or, with a
-    `dataset_path`, any gymnasium id.
-
-    Raises Error if there is none, or if the installed MuJoCo simulates it differently.
-    """
+    `dataset_path`, any gymnasium id. Raises Error if there is none, or if this MuJoCo simulates it differently."""
     if name in adroit.TASKS:
         try:
-            if warning := adroit.check_mujoco_version():
-                print(f"warning: {warning}", file=sys.stderr)
+            adroit.check_mujoco()
         except ValueError as error:
             raise Error(str(error))
         return D4RL(name, adroit.TASKS[name], f"{name}.hdf5", PAPER.get(name, {}))
@@ -202,11 +169,11 @@ def load_task(name: str, dataset_path: str | None = None) -> Task:
         import ogbench  # noqa: F401 (registers its environments)
     except ImportError as error:
         raise Error(f"OGBench cannot be imported ({error}): use Python 3.11 or 3.12, and requirements.txt installs it")
-    if "visual" in name or "powderworld" in name:
-        raise Error(f"{name} is seen in pixels, and these networks take states: choose a task without 'visual'")
     if name in PAPER:
         return OGBench(name, f"{name.rpartition('-')[0]}-singletask-v0", f"{name}-v0.npz", PAPER[name])
-    found = re.fullmatch(r"([\w-]+)-(navigate|stitch|explore|play|noisy)-singletask(-task\d)?-v0", name)
+    found = re.fullmatch(
+        r"(?!visual|powderworld)([\w-]+)-(navigate|stitch|explore|play|noisy)-singletask(-task\d)?-v0", name
+    )
     if found and (env_id := f"{found[1]}-singletask{found[3] or ''}-v0") in gymnasium.registry:
         return OGBench(name, env_id, f"{found[1]}-{found[2]}-v0.npz", PAPER.get(f"{found[1]}-{found[2]}", {}))
     if dataset_path is not None and (name in gymnasium.registry or ":" in name):  # module:id imports the module first
@@ -214,23 +181,15 @@ def load_task(name: str, dataset_path: str | None = None) -> Task:
             env = gymnasium.make(name)
         except Exception as error:  # of the user's code, too
             raise Error(f"{name} cannot be made ({error}): mend that, or give another --env-name")
-        if not all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and space.is_bounded("both") | free
-                   for space, free in ((env.observation_space, True), (env.action_space, False))):  # fmt: skip
+        vectors = all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
+                      for space in (env.observation_space, env.action_space))  # fmt: skip
+        if not (vectors and env.action_space.is_bounded("both")):
             raise Error(f"{name} has observations {env.observation_space} and actions {env.action_space}: "
                         f"both must be vectors (Box), and actions bounded")  # fmt: skip
         return Task(name, name)
-    goal = re.fullmatch(r"([\w-]+?)(-(navigate|stitch|explore|play|noisy))?(-oraclerep)?-v0", name)
-    if goal and f"{goal[1]}-singletask-v0" in gymnasium.registry:
-        remedy = "OGBench's goal-conditioned ids are not here, its single tasks are"
-    elif re.fullmatch(r"(halfcheetah|hopper|walker2d|ant|antmaze|maze2d|kitchen)-.*v\d", name):
-        remedy = "of D4RL, only Adroit's hands are here"
-    elif name in gymnasium.registry:
-        remedy = "an environment of your own needs --dataset-path"
-    else:
-        remedy = "none has that name"
-    ids = [f"{task}-singletask{i}-v0" for task in PAPER if task not in adroit.TASKS for i in ("", "-task1", "-task2")]
-    near = difflib.get_close_matches(name, dict.fromkeys([*PAPER, *adroit.TASKS, *ids]), 3, 0.5)
-    raise Error(f"there is no task {name!r} ({remedy}): try {', '.join(near or PAPER)}")
+    near = difflib.get_close_matches(name, [*PAPER, *adroit.TASKS], 3, 0.5) or PAPER
+    raise Error(f"there is no task {name!r}: give one like {', '.join(near)}, a single task of OGBench in states like "
+                f"scene-play-singletask-task2-v0, or, with --dataset-path, any gymnasium id")  # fmt: skip
 
 
 def resolve(args, task: Task, paper: dict[str, str]):
@@ -299,69 +258,46 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     """The Dataset of `task`, as numpy arrays, and where it is from: a dict of path, source, sha256 and transitions.
 
     It is read from `dataset_path`, a file or a folder with the published one; or made of `generate_episodes` episodes,
-    generated once and kept; or the published one, downloaded once and kept. The first load leaves the file's sha256
-    beside it, in <file>.sha256, and later ones compare: HDF5 has no checksums of its own. Raises Error if the file
-    cannot be had, is damaged or is another task's.
+    generated once and kept; or the published one, downloaded once and kept. Raises Error if the file cannot be had, is
+    damaged or is another task's.
     """
+    folder = pathlib.Path(os.environ.get(*task.folder)).expanduser()
     if dataset_path is not None:
-        source, path, make = "given", pathlib.Path(dataset_path), None
+        source, path = "given", pathlib.Path(dataset_path)
         path = path / task.file if path.is_dir() else path
     elif generate_episodes:
         if not can_generate(task.file):
             raise Error(f"{task.name} cannot be generated (only the play sets of cube, scene and puzzle can): "
                         f"leave --generate-episodes out, and the published data are downloaded")  # fmt: skip
         stem = task.file.removesuffix(".npz")
-        source, path = "generated", task.folder / f"{stem}-generated{generate_episodes}.npz"
-        make = lambda: generate(stem, generate_episodes, path)
+        source, path = "generated", folder / f"{stem}-generated{generate_episodes}.npz"
     else:
-        source, path, make = "published", task.folder / task.file, lambda: download(task.url, path)
-    record = path.with_name(f"{path.name}.sha256")
+        source, path = "published", folder / task.file
     try:
-        if make and not path.exists():
+        if source != "given" and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            held = lock(path.with_name(f"{path.name}.lock"), wait=True)  # of several first runs, one makes the file
-            try:
+            with filelock.FileLock(f"{path}.lock"):  # of several first runs, one makes the file
                 if not path.exists():
-                    record.unlink(missing_ok=True)  # of a file that was deleted
-                    make()
-            finally:
-                held.release()
+                    generate(stem, generate_episodes, path) if generate_episodes else download(
+                        f"{task.url}/{task.file}", path
+                    )
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        recorded = record.read_text() if record.exists() else ""
+        dataset = task.load(path)
     except OSError as error:
-        where = "" if make is None else ", or data in another folder by OGBENCH_DATASET_DIR or D4RL_DATASET_DIR"
+        where = "" if source == "given" else ", or data in another folder by OGBENCH_DATASET_DIR or D4RL_DATASET_DIR"
         raise Error(f"cannot read or write {error.filename or path} ({error.strerror or error}): "
                     f"mend that, or give a file by --dataset-path{where}")  # fmt: skip
-    if recorded.endswith("\n") and recorded[:64] != sha256:  # one cut short says nothing
-        raise Error(f"{path} is damaged, or was changed since its first load (its sha256 is not the one in "
-                    f"{record.name}): restore it; if the change was meant, remove {record}")  # fmt: skip
-    try:
-        dataset = task.load(path)
     except ValueError as error:
-        remedy = "move it away, and it is made or downloaded anew" if make else "name another file by --dataset-path"
-        raise Error(f"{error}: {remedy}")
-    if not recorded.endswith("\n"):
-        try:
-            record.write_text(f"{sha256}  {path.name}\n")  # what `sha256sum --check` reads
-        except OSError as error:
-            print(f"warning: later damage to {path} may go unnoticed: cannot write {record.name} ({error.strerror})",
-                  file=sys.stderr)  # fmt: skip
+        made = "move it away, and it is made or downloaded anew"
+        raise Error(f"{error}: {'name another file by --dataset-path' if source == 'given' else made}")
     return dataset, {"path": str(path), "source": source, "sha256": sha256, "transitions": len(dataset.obs)}
 
 
-def lock(path: pathlib.Path, wait: bool = False) -> filelock.BaseFileLock:
-    """A lock file that this process holds from here on. Raises filelock.Timeout if another does, unless it may `wait`.
-
-    Where the file system has no locks (some NFS), nothing is held.
-    """
+def lock(path: pathlib.Path) -> filelock.BaseFileLock:
+    """A lock file that this process holds from here on. Raises filelock.Timeout if another does."""
     held = filelock.FileLock(path)
-    try:
-        held.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        raise
-    except (OSError, NotImplementedError):
-        pass
+    held.acquire(timeout=0)
     return held
 
 
@@ -382,14 +318,15 @@ def download(url: str, path: pathlib.Path):
     temporary = path.with_name(f"{path.name}.tmp")
     print(f"downloading {url}", flush=True)
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(file, "write", total=size or None, desc=path.name) as out:
-                shutil.copyfileobj(response, out, 1 << 20)
-        if size and temporary.stat().st_size != size:
-            raise http.client.IncompleteRead(b"", size - temporary.stat().st_size)
+        with tqdm(unit="B", unit_scale=True, desc=path.name) as bar:
+
+            def progress(blocks, block_size, size):
+                bar.total = size
+                bar.update(blocks * block_size - bar.n)
+
+            urllib.request.urlretrieve(url, temporary, progress)  # raises URLError if it is cut short
         temporary.replace(path)
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         remedy = f"put the file at {path} by hand"
         if path.suffix == ".npz":
             remedy += " (a mirror: https://huggingface.co/datasets/zhouzypaul/ogbench_datasets)"
@@ -402,29 +339,21 @@ def download(url: str, path: pathlib.Path):
 
 def read_npz(path: pathlib.Path, task: Task) -> dict[str, np.ndarray]:
     """The arrays of an .npz file that `task` learns from. Raises ValueError, naming the file, if they are not whole."""
-    env = task.make_env()
-    widths = {"observations": env.observation_space.shape[0], "actions": env.action_space.shape[0], "terminals": None}
-    widths |= dict.fromkeys(task.keys)
-    if "qpos" in widths:
-        env.reset()
-        widths["qpos"] = env.unwrapped.data.qpos.size
-    if hasattr(env.unwrapped, "_cur_button_states"):
-        widths["button_states"] = env.unwrapped._cur_button_states.size
+    env, keys = task.make_env(), ("observations", "actions", "terminals", *task.keys)
+    widths = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
     try:
         with np.load(path, allow_pickle=False) as file:
-            raw = {key: file[key] for key in widths}
+            raw = {key: file[key] for key in (*keys, *{"button_states"}.intersection(file.files))}
     except Exception as error:  # a damaged file can make its readers raise anything
         why = error if zipfile.is_zipfile(path) else "it is no whole .npz file"  # NumPy takes it for a pickle
-        raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({why}; an .npz with {', '.join(widths)})")
-    steps = raw["terminals"].size
-    for key, width in widths.items():
-        shape = (steps,) if width is None else (steps, width)
-        if raw[key].shape != shape or raw[key].dtype.kind not in "fbiu":
-            raise ValueError(f"{path} is no dataset of {task.name}: its {key} are {raw[key].dtype}"
-                             f"{list(raw[key].shape)}, not numbers of shape {list(shape)}")  # fmt: skip
-        if not np.isfinite(raw[key]).all():
+        raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({why}; an .npz with {', '.join(keys)})")
+    for key, values in raw.items():
+        shape = (raw["terminals"].size, *widths.get(key, values.shape[1:]))
+        if values.shape != shape:
+            raise ValueError(f"{path} is no dataset of {task.name}: its {key} are {values.shape}, not {shape}")
+        if not np.isfinite(values).all():
             raise ValueError(f"{path} is damaged: its {key} hold NaN or infinity")
-    if not steps or not raw["terminals"][-1] or raw["terminals"].all():
+    if not raw["terminals"][-1:].any() or raw["terminals"].all():
         raise ValueError(f"{path} is damaged: its last episode does not end, or none has a transition")
     return raw
 
@@ -495,10 +424,10 @@ def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
 class Slots:
     """Environments that are stepped together, in this process."""
 
-    def __init__(self, task: Task, slots: list[int], **kwargs):
+    def __init__(self, task: Task, slots: collections.abc.Iterable[int], **kwargs):
         self.task, self.envs = task, {slot: task.make_env(**kwargs) for slot in slots}
-        self.returns = dict.fromkeys(slots, 0.0)
-        self.draws = {slot: np.random.MT19937() for slot in slots}  # each its own np.random, whoever its neighbours are
+        self.returns = dict.fromkeys(self.envs, 0.0)
+        self.draws = {slot: np.random.MT19937() for slot in self.envs}  # each its own np.random
 
     def step(self, commands: dict) -> dict:
         """Obeys {slot: command}, a command the seed to reset from or the action to take: {slot: (obs, score)}, score
@@ -511,8 +440,6 @@ class Slots:
             else:
                 obs, reward, terminated, truncated, info = self.envs[slot].step(command)
                 self.returns[slot] += reward
-                if not (np.isfinite(obs).all() and np.isfinite(reward)):
-                    raise FloatingPointError("an observation or reward that is not finite")
                 score = self.task.score(self.returns[slot], info) if terminated or truncated else None
             answers[slot] = obs, score
         return answers
@@ -526,67 +453,38 @@ def follow_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def play(connection, task: Task, slots: list[int]):
-    """A worker process: holds the environments of `slots` and obeys, message by message (see `Slots.step`), until its
-    parent is gone. It answers slot by slot; where one fails, its exception is sent in its place."""
+def play(connection, task: Task, slots: collections.abc.Iterable[int]):
+    """A worker process: holds the environments of `slots` and obeys; see `Slots.step`."""
     follow_parent()
-    try:
-        environments = Slots(task, slots)
-        while True:
-            for slot, command in connection.recv().items():
-                connection.send(environments.step({slot: command}))
-    except (EOFError, BrokenPipeError):
-        pass
-    except Exception as error:
-        connection.send(error)
-
-
-class SlotFailure(Exception):
-    """What happened to the environment of a slot, which cannot go on: (slot, reason)."""
+    environments = Slots(task, slots)
+    while True:
+        connection.send(environments.step(connection.recv()))
 
 
 class Environments:
     """`num_slots` environments in `num_workers` processes that live until `close`, or as long as this process."""
 
     def __init__(self, task: Task, num_slots: int, num_workers: int):
-        context = multiprocessing.get_context("forkserver")
-        self.num_slots, self.workers, self.connections = num_slots, [], []
-        for index in range(min(num_workers, num_slots)):
-            connection, theirs = context.Pipe()
-            slots = list(range(index, num_slots, min(num_workers, num_slots)))
+        context, num_workers = multiprocessing.get_context("forkserver"), min(num_workers, num_slots)
+        self.num_slots, self.connections, self.workers = num_slots, [], []
+        for i in range(num_workers):
+            ours, theirs = context.Pipe()
+            slots = range(i, num_slots, num_workers)
             self.workers.append(context.Process(target=play, args=(theirs, task, slots), daemon=True))
             self.workers[-1].start()
-            self.connections.append(connection)
             theirs.close()  # so that a dead worker reads as the end of its pipe
+            self.connections.append(ours)
         atexit.register(self.close)
 
-    def step(self, commands: dict, patience: float = 300) -> dict:
-        """Sends each slot its command and returns each one's (obs, score); see `Slots.step`.
-
-        Raises SlotFailure if a worker fails, dies, or does not answer within `patience` seconds: the first answer takes
-        as long as making all environments, on a busy machine a minute or two. Time in which all was suspended does not
-        count, since it ends one of many short waits.
-        """
-        shares, answers = collections.defaultdict(dict), {}
-        for slot, command in commands.items():
-            shares[self.connections[slot % len(self.connections)]][slot] = command
+    def step(self, commands: dict) -> dict:
+        """See `Slots.step`. Raises Error if a worker dies."""
         try:
-            for connection, share in shares.items():
-                slot = min(share)
-                with contextlib.suppress(BrokenPipeError):  # of a worker that failed: what it sent says why
-                    connection.send(share)
-            for connection, share in shares.items():
-                for slot in share:
-                    if not any(connection.poll(patience / 300) for _ in range(300)):
-                        raise TimeoutError(f"no answer in {patience:g} s")
-                    answer = connection.recv()
-                    if isinstance(answer, Exception):
-                        raise answer
-                    answers[slot] = answer[slot]
-        except Exception as error:
-            self.close()
-            raise SlotFailure(slot, f"{type(error).__name__}: {error}")
-        return answers
+            for i, connection in enumerate(self.connections):
+                connection.send({slot: commands[slot] for slot in commands if slot % len(self.connections) == i})
+            return {slot: answer for connection in self.connections for slot, answer in connection.recv().items()}
+        except (EOFError, ConnectionError):
+            raise Error("evaluation failed: an environment's process died of what is said above, or was killed, "
+                        "perhaps for its memory: mend that, then resume the run")  # fmt: skip
 
     def close(self):
         """Ends the workers."""
@@ -620,7 +518,7 @@ def evaluate(
     `policy(obs, keys)` gives the actions [seeds, slots, action_dim] of obs [seeds, slots, obs_dim] and a key each.
     A slot whose episode has ended plays the seed's next one. Episode i of a seed starts from a state, and draws noise,
     that depend on (eval_seed, seed, update, i) alone: neither on the algorithm nor on the workers. A policy whose
-    action is not finite scores NaN. Raises Error, naming the episode, if it cannot be played.
+    action is not finite, as where an observation is not, scores NaN.
     """
     num_seeds = len(seeds)
     slots = environments.num_slots // num_seeds
@@ -632,12 +530,7 @@ def evaluate(
     commands = {slot: starts[slot // slots][i] for slot, i in enumerate(episode.flat) if i < num_episodes}
     obs = None
     while commands:
-        try:
-            answers = environments.step(commands)
-        except SlotFailure as error:
-            slot, reason = error.args
-            seed, i = seeds[slot // slots], episode.flat[slot]
-            raise Error(f"evaluation failed in episode {i} of seed {seed} ({reason}): mend that, then resume the run")
+        answers = environments.step(commands)
         if obs is None:
             obs = np.zeros((num_seeds, slots, len(answers[0][0])), np.float32)
         for slot, (slot_obs, _) in answers.items():

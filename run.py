@@ -4,26 +4,20 @@ Every algorithm's `main` uses `Run` in the same dozen lines. `load_policy` gives
 """
 
 import collections
-import contextlib
 import csv
 import dataclasses
 import functools
 import hashlib
-import importlib
 import importlib.metadata
-import io
 import json
 import os
 import pathlib
 import platform
-import re
 import secrets
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import filelock
@@ -31,7 +25,6 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 import common
@@ -41,28 +34,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "
 # Flags that do not decide an update's numbers: where a run is recorded and shown, and where its data are from.
 ABOUT = {"num_workers", "folder", "resume", "track", "wandb_project_name", "capture_video"}
 ABOUT |= {"dataset_path", "generate_episodes"}
-
-
-def cli(Args):
-    """The command line as an `Args`, also as sweep agents write it: --tanh=True, --hidden_dims=[32, 32]."""
-    words = []
-    for word in sys.argv[1:]:
-        flag, _, value = word.partition("=")
-        if flag[:2] == "--" and value.lower() in ("true", "false"):
-            words.append(flag if value.lower() == "true" else f"--no-{flag[2:]}")
-        elif flag[:2] == "--" and re.fullmatch(r"[\[(].*[\])]", value):
-            words += [flag, *re.findall(r"[^\s,]+", value[1:-1])]
-        else:
-            words.append(word)
-    sys.excepthook = explain
-    return tyro.cli(Args, args=words)
-
-
-def explain(kind, error, traceback):
-    """What the command line shows of an error: of too little memory, a sentence."""
-    if kind is jax.errors.JaxRuntimeError and "RESOURCE_EXHAUSTED" in str(error):
-        sys.exit(f"error: too little memory ({error}): give fewer --seeds, or smaller --batch-size or --hidden-dims")
-    sys.__excepthook__(kind, error, traceback)
 
 
 def identity(algo: str, args) -> dict:
@@ -86,43 +57,37 @@ def write_file(path: pathlib.Path, content: bytes):
         raise Error(f"cannot write {path} ({error.strerror}): mend that, then resume the run")
 
 
-def to_csv(rows: list[dict], header: bool) -> str:
-    """The text of rows with the same columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def append_rows(path: pathlib.Path, rows: list[dict]):
-    """Appends rows to a CSV in one write, the first with a header. Raises Error if there is no room or no right to."""
+    """Appends rows to a CSV, the first with a header. Raises Error if there is no room or no right to."""
     try:
         with open(path, "a") as file:
-            file.write(to_csv(rows, header=file.tell() == 0))
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
     except OSError as error:
         raise Error(f"cannot write {path} ({error.strerror}): mend that, then resume the run")
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a CSV that were written whole; none if there is no file. Raises Error if it is damaged."""
-    try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [row for row in csv.DictReader(x for x in lines if x.endswith("\n")) if None not in row.values()]
-        _ = [(int(row["step"]), int(row["seed"])) for row in rows]
-    except (OSError, ValueError, LookupError, csv.Error) as error:
-        raise Error(f"{path} is damaged ({error}): restore it, or move its folder away and start anew")
-    return rows
+    """The rows of a CSV that were written whole; none if there is no file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+
+
+def cut_rows(path: pathlib.Path, last_step: int):
+    """Cuts off the end of a CSV: what was written after `last_step`, or half."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
+    if lines:
+        os.truncate(path, len("".join(lines[:1] + kept)) if kept else 0)
 
 
 def read_record(folder: pathlib.Path) -> dict:
     """What a run wrote to args.json in its folder. Raises Error if none did."""
     try:
-        record = json.loads((folder / "args.json").read_text())
-        _ = record["algo"], record["args"]["env_name"], record["data"]["sha256"], record["commit"], record["versions"]
-        return record
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError) as error:
         raise Error(f"{folder} is no run's folder ({error}): give one like runs/<task>/<algo>/<time>")
 
 
@@ -174,9 +139,8 @@ def load_run(folder: str):
     init = functools.partial(module.init, args, env.observation_space.shape[0], env.action_space.shape[0])
     step, states = read_checkpoint(folder, jax.eval_shape(jax.vmap(init), jnp.array(args.seeds, jnp.uint32)))
     if step == 0:
-        raise Error(
-            f"{folder} has no checkpoint yet: python algos/{record['algo']}.py --resume {shlex.quote(str(folder))}"
-        )
+        again = f"python algos/{record['algo']}.py --resume {shlex.quote(str(folder))}"
+        raise Error(f"{folder} has no checkpoint yet: {again}")
     return module, args, step, jax.tree.map(jnp.asarray, states)
 
 
@@ -193,18 +157,12 @@ def load_policy(folder: str, index: int = 0):
 
 
 def rendering_backend() -> str:
-    """What MUJOCO_GL must be for MuJoCo to draw here without a screen: "egl", "osmesa", or as the user has set it.
-
-    Raises Error if nothing does.
-    """
-    draw = "import mujoco; mujoco.GLContext(16, 16).make_current()"
-    chosen = os.environ["MUJOCO_GL"]
-    for backend in ("egl", "osmesa") if chosen == "disabled" else (chosen,):
-        command, environment = [sys.executable, "-c", draw], os.environ | {"MUJOCO_GL": backend}
-        if not subprocess.run(command, env=environment, capture_output=True).returncode:
+    """What MUJOCO_GL must be for MuJoCo to draw here without a screen. Raises Error if nothing does."""
+    draw = [sys.executable, "-c", "import mujoco; mujoco.GLContext(16, 16).make_current()"]
+    for backend in ("egl", "osmesa", "cgl"):
+        if not subprocess.run(draw, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode:
             return backend
-    raise Error(f"nothing here can draw for --capture-video{f' by MUJOCO_GL={chosen}' * (chosen != 'disabled')}: "
-                f"install OSMesa (Debian's libosmesa6), or a GPU driver with EGL")  # fmt: skip
+    raise Error("nothing here can draw for --capture-video: install OSMesa (Debian's libosmesa6), or a GPU's EGL")
 
 
 def tell(text: str):
@@ -225,12 +183,11 @@ class Run:
         """Prepares a run of the algorithm in `file`: by `args`, each None replaced by the paper's value (see
         `common.resolve`), or, with `args.resume`, by that run's. Raises Error, before any training, if anything is
         impossible."""
-        self.file, self.algo, self.folder = file, pathlib.Path(file).stem, None
+        self.file, self.algo, self.folder = file, pathlib.Path(file).stem, args.resume and pathlib.Path(args.resume)
         self.stop, self.saved_step = 0, 0  # the signal that asked to stop; updates saved
         self.busy, self.bar = False, None  # whether there is something that is not saved
         record = None
         if args.resume is not None:
-            self.folder = pathlib.Path(args.resume)
             record = read_record(self.folder)
             if record["algo"] != self.algo:
                 raise Error(f"{args.resume} is a run of {record['algo']}: resume it by algos/{record['algo']}.py")
@@ -239,18 +196,13 @@ class Run:
             args = read_args(record, type(args))
         self.task = common.load_task(args.env_name, args.dataset_path)
         self.args = args = common.resolve(args, self.task, paper)
-        try:
-            self.device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        except (RuntimeError, AssertionError) as error:  # the second where jax has no plugin for it
-            platforms = os.environ.get("JAX_PLATFORMS")
-            raise Error(f"JAX_PLATFORMS={platforms} cannot be had here ({str(error) or 'no such device'}): unset it")
+        self.device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         if args.capture_video:
             rendering_backend()  # better now than after the run
         self.handlers = {}  # what signals did before
-        if threading.current_thread() is threading.main_thread():  # elsewhere no signal can be caught
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                    self.handlers[number] = signal.signal(number, self.ask_to_stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self.handlers[number] = signal.signal(number, self.ask_to_stop)
         dataset, data = common.load_dataset(self.task, args.dataset_path, args.generate_episodes)
         if record and record["data"]["sha256"] != data["sha256"]:
             raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
@@ -269,17 +221,11 @@ class Run:
         elif changed := [f"{name} {record[name]}, now {now[name]}" for name in now if record[name] != now[name]]:
             print(f"warning: begun with {'; '.join(changed)}", file=sys.stderr)
             record["resumed"] = [*record.get("resumed", []), now]
-        try:
-            write_file(self.folder / "args.json", json.dumps(record, indent=2).encode())
-        except Error:
-            if args.resume is None:
-                shutil.rmtree(self.folder, ignore_errors=True)  # so that the same command can be given again
-            raise
+        write_file(self.folder / "args.json", json.dumps(record, indent=2).encode())
         self.record = record
-        if not jax.config.jax_compilation_cache_dir:
-            with contextlib.suppress(Error):  # what this machine compiles is kept, if there is a home
-                cache = common.home_folder("XDG_CACHE_HOME", "~/.cache") / "doal" / platform.node()
-                jax.config.update("jax_compilation_cache_dir", str(cache))
+        if not jax.config.jax_compilation_cache_dir:  # what this machine compiles is kept
+            cache = pathlib.Path("~/.cache/doal").expanduser() / platform.node()
+            jax.config.update("jax_compilation_cache_dir", str(cache))
         devices = next(n for n in range(jax.device_count(), 0, -1) if len(args.seeds) % n == 0)
         mesh = jax.sharding.Mesh(jax.devices()[:devices], ("seed",))  # these share the seeds out, each has all data
         place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
@@ -298,12 +244,11 @@ class Run:
         """A folder of this run's own. Raises Error if it cannot be made."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # runs may start in the same second
         folder = pathlib.Path(self.args.folder or pathlib.Path("runs", self.args.env_name, self.algo, name))
+        if (folder / "args.json").exists():
+            again = shlex.quote(str(folder))
+            raise Error(f"{folder} is there already: go on by --resume {again}, or give another --folder")
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise Error(
-                f"{folder} is there already: go on by --resume {shlex.quote(str(folder))}, or give another --folder"
-            )
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Error(f"cannot write to {folder.absolute()} ({error.strerror}): start elsewhere")
         return folder
@@ -328,17 +273,12 @@ class Run:
         step, states = read_checkpoint(self.folder, states)
         self.saved_step = self.bar.n = self.bar.initial = step
         self.saved_time = time.monotonic()
-        rows = {name: read_rows(self.folder / f"{name}.csv") for name in ("train", "eval", "episodes")}
-        scored = collections.Counter(int(row["step"]) for row in rows["eval"])
-        scored = {at for at in scored if scored[at] == len(self.args.seeds) and at <= step}  # whole evaluations
-        for name, keep in (("train", range(step + 1)), ("eval", scored), ("episodes", scored)):
-            rows[name] = [row for row in rows[name] if int(row["step"]) in keep]
-            if rows[name]:
-                write_file(self.folder / f"{name}.csv", to_csv(rows[name], header=True).encode())
-            else:
-                (self.folder / f"{name}.csv").unlink(missing_ok=True)
-        self.diverged = {int(row["seed"]) for row in rows["train"] if row["diverged"] == "1"}
-        evaluated = max(scored, default=0)
+        scored = collections.Counter(int(row["step"]) for row in read_rows(self.folder / "eval.csv"))
+        evaluated = max((at for at in scored if scored[at] == len(self.args.seeds) and at <= step), default=0)
+        for name, last_step in (("train", step), ("eval", evaluated), ("episodes", evaluated)):
+            cut_rows(self.folder / f"{name}.csv", last_step)
+        train = read_rows(self.folder / "train.csv")
+        self.diverged = {int(row["seed"]) for row in train if row["diverged"] == "1"}
         self.busy = step < evaluated + self.eval_interval
         return step, evaluated, jax.device_put(states, self.sharding)
 

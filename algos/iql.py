@@ -18,11 +18,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from flax.training.train_state import TrainState
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this checkout, whatever else is installed
 import common
-from run import Run, cli
+from run import Run
 
 # flag: the column of the paper's values (common.PAPER) that it takes where it is None
 PAPER = {"alpha": "awr_alpha"}
@@ -142,14 +143,12 @@ def init(args, obs_dim, action_dim, seed):
     """The state before the first update, a function of the seed."""
     key, actor_key, critic_key, value_key = jax.random.split(jax.random.PRNGKey(seed), 4)
     obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, action_dim))
-    actor = GaussianPolicy(args.hidden_dims, action_dim, args.tanh)
-    critic, value = Critic(args.hidden_dims), Value(args.hidden_dims)
-    actor_params = actor.init(actor_key, obs)
-    critic_params, value_params = critic.init(critic_key, obs, action), value.init(value_key, obs)
-    create = lambda net, params: TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(args.learning_rate))
-    return AgentState(
-        create(actor, actor_params), create(critic, critic_params), create(value, value_params), critic_params, key
-    )
+    adam = optax.adam(args.learning_rate)
+    create = lambda net, key, *inputs: TrainState.create(apply_fn=net.apply, params=net.init(key, *inputs), tx=adam)
+    actor = create(GaussianPolicy(args.hidden_dims, action_dim, args.tanh), actor_key, obs)
+    critic = create(Critic(args.hidden_dims), critic_key, obs, action)
+    value = create(Value(args.hidden_dims), value_key, obs)
+    return AgentState(actor, critic, value, critic.params, key)
 
 
 def critic_loss(params, args, state, batch):
@@ -234,4 +233,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(cli(Args))
+    main(tyro.cli(Args))

@@ -28,14 +28,10 @@ from run import append_rows, load_run, read_rows, rendering_backend
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    folder: tyro.conf.Positional[pathlib.Path]
-    """a run's folder, runs/<task>/<algorithm>/<time>"""
-    num_samples: tuple[int, ...] = ()
-    """evaluate with MaxQ over that many actions, each number in turn"""
-    capture_video: bool = False
-    """film the first four episodes of the first seed"""
-    num_workers: int | None = None
-    """processes that step the environments (None: one per core)"""
+    folder: tyro.conf.Positional[pathlib.Path]  # a run's, like runs/<task>/<algorithm>/<time>
+    num_samples: tuple[int, ...] = ()  # evaluate with MaxQ over that many actions, each number in turn
+    capture_video: bool = False  # film the first four episodes of the first seed
+    num_workers: int | None = None  # processes that step the environments (None: one per core)
 
 
 class Film(common.Slots):
@@ -67,9 +63,8 @@ def main(args: Args):
     common.check_numbers(args)
     if not args.num_samples and not args.capture_video:
         raise common.Error("there is nothing to do: give --num-samples or --capture-video")
-    if args.capture_video and (backend := rendering_backend()) != os.environ["MUJOCO_GL"]:
-        # MuJoCo read it when it was imported, so this starts anew
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MUJOCO_GL": backend})
+    if args.capture_video:
+        os.environ["MUJOCO_GL"] = rendering_backend()  # before anything imports MuJoCo, which reads it
     module, run, step, states = load_run(args.folder)
     if step < run.num_updates:
         raise common.Error(f"{args.folder} is not finished: go on with it by --resume, then play")

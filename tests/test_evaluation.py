@@ -160,7 +160,7 @@ def test_an_episode_draws_the_same_whoever_its_neighbours_are():
 
 
 class Faulty(gymnasium.Wrapper):
-    """A pendulum that fails `how` in the third step of the episode that starts from `seed`."""
+    """A pendulum whose third step, in the episode that starts from `seed`, kills its process or gives a NaN."""
 
     def __init__(self, how, seed):
         super().__init__(PENDULUM.make_env())
@@ -173,35 +173,27 @@ class Faulty(gymnasium.Wrapper):
     def step(self, action):
         self.steps_to_go -= 1
         obs, reward, *rest = self.env.step(action)
-        if not self.steps_to_go and self.how != "nan":
-            os.kill(os.getpid(), {"killed": signal.SIGKILL, "hangs": signal.SIGSTOP}[self.how])
-        return obs, reward if self.steps_to_go else np.nan, *rest
+        if not self.steps_to_go and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return obs if self.steps_to_go else np.nan * obs, reward, *rest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how, patience, reason",
-    [("killed", 300, "EOFError|ConnectionReset"), ("hangs", 6, "no answer in 6 s"), ("nan", 300, "not finite")],
-)
-def test_a_failing_episode_ends_the_evaluation_by_its_name(how, patience, reason):
+@pytest.mark.parametrize("how", ["killed", "nan"])
+def test_a_failing_environment_ends_the_evaluation_and_its_nan_is_not_hidden(how):
     start = int(np.random.SeedSequence((0, 8, 70, 1)).generate_state(1)[0])
     task = types.SimpleNamespace(make_env=functools.partial(Faulty, how, start), score=PENDULUM.score)
     environments = common.Environments(task, 2, 1)
-    environments.step({0: 1, 1: 1})  # all are made: from here on each answer is quick
-    environments.step = functools.partial(environments.step, patience=patience)
-    act = lambda obs, keys: np.zeros((2, 1, 1), np.float32)
-    sentence = f"evaluation failed in episode 1 of seed 8 .*({reason}).*then resume the ru"
-    with pytest.raises(common.Error, match=sentence):
-        common.evaluate(act, environments, (7, 8), 70, 3)
-    assert not any(worker.is_alive() for worker in environments.workers)
+    play = lambda: common.evaluate(lambda obs, keys: obs[..., :1], environments, (7, 8), 70, 3)
+    if how == "killed":
+        with pytest.raises(common.Error, match="evaluation failed: an environment's process died"):
+            play()
+    else:
+        np.testing.assert_array_equal(np.isnan(play()), [[False, False, False], [False, True, False]])
 
 
-@pytest.mark.parametrize(
-    "affinity, quota, cores",
-    [({0, 1, 2}, "max 100000", 3), (set(range(64)), "250000 100000", 2), ({0}, "50000 100000", 1)],
-)
-def test_workers_are_as_many_as_the_process_may_use(affinity, quota, cores, monkeypatch):
+def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
     """By its affinity and its container's quota, not by what the machine has."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity)
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: {"/sys/fs/cgroup/cpu.max": quota}[str(path)])
-    assert common.usable_cores() == cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: {"/sys/fs/cgroup/cpu.max": "250000 100000"}[str(path)])
+    assert common.usable_cores() == 2

@@ -1,17 +1,13 @@
 """What goes wrong around a run, in this process: stops, full disks, folders, other code, seeds that diverge, flags."""
 
-import dataclasses
 import errno
-import fcntl
 import gc
 import importlib
 import json
 import os
-import pwd
 import shutil
 import signal
 import sys
-import threading
 import types
 
 import evaluate
@@ -19,8 +15,9 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import ALGOS, FILES, TASK, load_algo
-from test_data import no_locks, record_pendulum
+import tyro
+from conftest import FILES, TASK, load_algo
+from test_data import record_pendulum
 from test_evaluation import Here
 
 import common
@@ -162,6 +159,15 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
         run.append_rows(common.pathlib.Path("/dev/full"), [{"step": 1}])
 
 
+def test_what_outran_the_checkpoint_is_cut_off(tmp_path):
+    path = tmp_path / "train.csv"
+    run.append_rows(path, [{"step": step, "seed": 1} for step in (2, 4, 6)])
+    path.write_text(path.read_text() + "4,")
+    for last_step, left in ((4, "step,seed\n2,1\n4,1\n"), (1, ""), (1, "")):
+        run.cut_rows(path, last_step)
+        assert path.read_text() == left
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("where", ["step", "train"])
 def test_a_run_that_was_stopped_goes_on_in_the_same_process(name, where, go_on, handlers, monkeypatch, capsys):
@@ -180,15 +186,6 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(name, where, go_on, 
 
     monkeypatch.setattr(owner, where, interrupted)
     go_on(SystemExit, str(128 + number), mend)
-
-
-def test_a_run_in_a_thread_gives_the_same_numbers(small, data, tmp_path):
-    """As in a notebook's background job: no signal can be caught there."""
-    args = ALGO.Args(dataset_path=data, **PENDULUM | {"folder": str(tmp_path / "run")})
-    thread = threading.Thread(target=ALGO.main, args=[args])
-    thread.start()
-    thread.join()
-    assert all((tmp_path / "run" / name).read_bytes() == (small / name).read_bytes() for name in FILES)
 
 
 def test_a_run_that_shall_outlive_its_terminal_does(begin):
@@ -213,25 +210,6 @@ def test_a_folder_that_cannot_be_made_is_named(begin, tmp_path):
     (tmp_path / "runs").touch()
     with pytest.raises(common.Error, match=f"cannot write to {tmp_path}/runs/.*: start elsewhere"):
         begin(folder=None)
-
-
-def test_where_there_are_no_locks_a_run_is_trained(begin, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    assert begin().folder.exists()
-
-
-@pytest.mark.parametrize("home", [None, "/dev/null"])
-def test_without_a_home_a_run_is_trained_all_the_same(home, begin, monkeypatch):
-    """As in a container of a user that has no entry in /etc/passwd, or whose home is read-only."""
-    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])
-    monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME")
-    cache = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        begin()
-        jax.jit(lambda x: x + 1)(0)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def test_a_dataset_is_found_from_any_folder(begin, data, tmp_path):
@@ -268,10 +246,6 @@ def test_a_damaged_record_is_named(small, tmp_path):
         (folder / "checkpoint.msgpack").write_bytes(damaged)
         with pytest.raises(common.Error, match=f"{folder}/checkpoint.msgpack is damaged"):
             resume(folder)
-    (folder / "checkpoint.msgpack").write_bytes(content)
-    (folder / "eval.csv").write_text("step,seed,diverged,score\nx,5,0,0\n")
-    with pytest.raises(common.Error, match=f"{folder}/eval.csv is damaged"):
-        resume(folder)
     (folder / "args.json").write_text("{")
     with pytest.raises(common.Error, match=f"{folder} is no run's folder"):
         resume(folder)
@@ -324,9 +298,8 @@ def test_a_seed_that_diverges_is_marked_and_leaves_the_others_alone(small, begin
             assert new == old or new["seed"] == "6"
             assert not late or name == "train.csv" or new["score"] == "nan" != old["score"]
     record = begin(folder="other")
-    with pytest.raises(
-        common.Error, match=r"every seed diverged by update 4 \(see other/train.csv\): lower --learning-rate"
-    ):
+    sentence = r"every seed diverged by update 4 \(see other/train.csv\): lower --learning-rate"
+    with pytest.raises(common.Error, match=sentence):
         for step, q in ((2, [1.0, np.inf]), (4, [np.nan, 1.0])):
             record.log(step, {"q": np.array(q)})
 
@@ -364,23 +337,6 @@ def test_weights_and_biases_that_cannot_be_had_end_the_run_before_it_trains(begi
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
-def test_flags_as_sweeps_write_them(monkeypatch):
-    """Each flag of each algorithm as --its_name=value, with Python's words for lists and truth."""
-    for name in ALGOS:
-        Args = load_algo(name).Args
-        for field in dataclasses.fields(Args):
-            word = str(field.type)
-            values = [True, False] if "bool" in word else [(32, 33), (1,)] if "tuple" in word else [7]
-            if "str" in word or "Literal" in word:
-                values = ["mean" if "Literal" in word else "a b"]
-            for value in values:
-                written = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else value
-                monkeypatch.setattr(sys, "argv", ["x.py", f"--{field.name}={written}"])
-                assert run.cli(Args) == dataclasses.replace(Args(), **{field.name: value}), sys.argv
-    monkeypatch.setattr(sys, "argv", ["x.py", "--seeds=1", "--hidden-dims", "4", "5", "--no-track"])
-    assert run.cli(ALGO.Args) == ALGO.Args(seeds=(1,), hidden_dims=(4, 5))
-
-
 @pytest.mark.parametrize(
     "flags, sentence",
     [
@@ -401,7 +357,7 @@ def test_impossible_flags_end_in_one_sentence_before_anything_is_made(flags, sen
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["dmfql.py", "--env-name", TASK, *map(str, flags)])
     with pytest.raises(SystemExit, match="2" if sentence == "invalid" else f"^error: .*{sentence}[^\n]*$"):
-        ALGO.main(run.cli(ALGO.Args))
+        ALGO.main(tyro.cli(ALGO.Args))
     assert sentence != "invalid" or sentence in capsys.readouterr().err
     assert not os.listdir(tmp_path)
 
@@ -418,13 +374,8 @@ def test_what_cannot_be_evaluated_again_is_refused(begin):
             evaluate.main(evaluate.Args(folder, **flags))
 
 
-def test_without_opengl_no_film_is_promised(begin, tmp_path, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "none")
-    with pytest.raises(common.Error, match="nothing here can draw for --capture-video by MUJOCO_GL=none: install OSMe"):
+def test_where_nothing_can_draw_no_film_is_promised(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=1))
+    with pytest.raises(common.Error, match="nothing here can draw for --capture-video: install OSMesa"):
         begin(capture_video=True)
     assert not os.listdir(tmp_path)
-
-
-def test_too_little_memory_is_a_sentence():
-    with pytest.raises(SystemExit, match="error: too little memory .*: give fewer --seeds, or smaller --batch-size"):
-        run.explain(jax.errors.JaxRuntimeError, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), None)
