@@ -152,8 +152,7 @@ class D4RL(Task):
         return adroit.normalized_score(self.env_id, episode_return)
 
     def load(self, path: pathlib.Path) -> "Dataset":
-        data = adroit.load_transitions(path, self.env_id)
-        return Dataset(**data | {key: clip_action(data[key]) for key in ("action", "next_action")})
+        return Dataset(**adroit.load_transitions(path, self.env_id))
 
 
 def load_task(name: str, dataset_path: str | None = None) -> Task:
@@ -258,8 +257,8 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     """The Dataset of `task`, as numpy arrays, and where it is from: a dict of path, source, sha256 and transitions.
 
     It is read from `dataset_path`, a file or a folder with the published one; or made of `generate_episodes` episodes,
-    generated once and kept; or the published one, downloaded once and kept. Raises Error if the file cannot be had, is
-    damaged or is another task's.
+    once, and kept; or downloaded once, and kept. Actions are clipped to +-(1 - 1e-5), as FQL clips them. Raises Error
+    if the file cannot be had, is damaged or is another task's.
     """
     folder = pathlib.Path(os.environ.get(*task.folder)).expanduser()
     if dataset_path is not None:
@@ -277,10 +276,12 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
         if source != "given" and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(f"{path}.lock"):  # of several first runs, one makes the file
-                if not path.exists():
-                    generate(stem, generate_episodes, path) if generate_episodes else download(
-                        f"{task.url}/{task.file}", path
-                    )
+                if not path.exists() and source == "published":
+                    download(f"{task.url}/{task.file}", path)
+                elif not path.exists():
+                    program = [sys.executable, ROOT / "scripts" / "generate.py", stem, str(generate_episodes), path]
+                    if code := subprocess.run(program).returncode:
+                        sys.exit(code)
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         dataset = task.load(path)
@@ -291,26 +292,14 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     except ValueError as error:
         made = "move it away, and it is made or downloaded anew"
         raise Error(f"{error}: {'name another file by --dataset-path' if source == 'given' else made}")
+    clip = lambda action: np.clip(action, -1 + 1e-5, 1 - 1e-5)
+    dataset = dataset._replace(action=clip(dataset.action), next_action=clip(dataset.next_action))
     return dataset, {"path": str(path), "source": source, "sha256": sha256, "transitions": len(dataset.obs)}
-
-
-def lock(path: pathlib.Path) -> filelock.BaseFileLock:
-    """A lock file that this process holds from here on. Raises filelock.Timeout if another does."""
-    held = filelock.FileLock(path)
-    held.acquire(timeout=0)
-    return held
 
 
 def can_generate(file: str) -> bool:
     """Whether a published file can be made here: mazes need walkers that were trained, "noisy" is not made."""
     return re.fullmatch(r"(cube|scene|puzzle)\b.*-play-v0\.npz", file) is not None
-
-
-def generate(dataset: str, num_episodes: int, path: pathlib.Path):
-    """Makes a dataset by scripts/generate.py, which has processes of its own. Ends the program if that fails."""
-    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), dataset, str(num_episodes), str(path)]
-    if code := subprocess.run(command).returncode:
-        sys.exit(code)
 
 
 def download(url: str, path: pathlib.Path):
@@ -363,15 +352,9 @@ def to_transitions(raw: dict[str, np.ndarray]) -> Dataset:
 
     That of row i ends in the state and the action of row i + 1, and the last row of an episode starts none.
     """
-    start = np.flatnonzero(raw["terminals"] == 0)
-    obs, action = raw["observations"].astype(np.float32), clip_action(raw["actions"])
-    reward, mask = raw["rewards"].astype(np.float32), raw["masks"].astype(np.float32)
+    start, keys = np.flatnonzero(raw["terminals"] == 0), ("observations", "actions", "rewards", "masks")
+    obs, action, reward, mask = (raw[key].astype(np.float32) for key in keys)
     return Dataset(obs[start], action[start], reward[start], mask[start], obs[start + 1], action[start + 1])
-
-
-def clip_action(action: np.ndarray) -> np.ndarray:
-    """Actions as float32 within +-(1 - 1e-5), as FQL clips them."""
-    return np.clip(action.astype(np.float32), -1 + 1e-5, 1 - 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ train

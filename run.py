@@ -31,14 +31,12 @@ import common
 from common import ROOT, Error
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
-# Flags that do not decide an update's numbers: where a run is recorded and shown, and where its data are from.
+# Flags that decide no number: where a run is recorded and shown.
 ABOUT = {"num_workers", "folder", "resume", "track", "wandb_project_name", "capture_video"}
-ABOUT |= {"dataset_path", "generate_episodes"}
 
 
 def identity(algo: str, args) -> dict:
-    """What decides a run's numbers but for its seeds and data, as JSON has it: two runs that share it are of one
-    cell."""
+    """All that decides a run's numbers but for its seeds, as JSON has it: runs that share it are of one cell."""
     values = {name: value for name, value in vars(args).items() if name not in ABOUT | {"seeds"}}
     return json.loads(json.dumps({"algo": algo} | values))
 
@@ -212,7 +210,8 @@ class Run:
         if not record:
             self.folder = self.make_folder()
         try:
-            self.lock = common.lock(self.folder / ".lock")
+            self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+            self.lock.acquire()
         except filelock.Timeout:
             raise Error(f"{self.folder} is being trained by another process: let that one end, or stop it")
         if not record:

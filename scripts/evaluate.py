@@ -70,8 +70,9 @@ def main(args: Args):
         raise common.Error(f"{args.folder} is not finished: go on with it by --resume, then play")
     if args.num_samples and not hasattr(run, "num_samples"):
         raise common.Error(f"{args.folder} does not act by MaxQ: leave --num-samples out")
+    lock = filelock.FileLock(args.folder / ".lock", timeout=0)
     try:
-        common.lock(args.folder / ".lock")
+        lock.acquire()
     except filelock.Timeout:
         raise common.Error(f"{args.folder} is in use by another process: let that one end, or stop it")
     task, seeds = common.load_task(run.env_name, run.dataset_path), run.seeds

@@ -19,12 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from reproduce import Cell, Selection, expand, question
+from reproduce import Cell, Selection, expand
 from scipy.stats import bootstrap, trim_mean
 
 import common
 from run import identity, read_record, read_rows
 
+DATA = ("dataset_path", "generate_episodes")  # flags whose effect a table says by itself
 NORMS = ("table3", "figure3")  # these are of the gradients' mean norm, not of scores
 TEXT = """# Results: {name}
 
@@ -40,12 +41,12 @@ Made of [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     """A row per table, task, column, seed and evaluation of the selected cells, as far as they have been run."""
     runs = [(path.parent, read_record(path.parent)) for path in sorted(pathlib.Path("runs").rglob("args.json"))]
-    answers = [question(record["algo"], types.SimpleNamespace(**record["args"])) for _, record in runs]
+    answers = [identity(record["algo"], types.SimpleNamespace(**record["args"])) for _, record in runs]
     paper = {cell[:3]: identity(cell.algo, cell.args) for cell in expand(selection, [])}
     parts = []
     for cell in expand(selection, flags):
-        asked, values, usual = question(cell.algo, cell.args), identity(cell.algo, cell.args), paper[cell[:3]]
-        changed = [re.sub(r"[\[,\]]", "", f"{name} {values[name]}") for name in values if values[name] != usual[name]]
+        asked, usual = identity(cell.algo, cell.args), paper[cell[:3]]
+        changed = [re.sub(r"[\[,\]]", "", f"{k} {v}") for k, v in asked.items() if v != usual[k] and k not in DATA]
         found = [read_run(cell, *run) for run, answer in zip(runs, answers) if answer == asked]
         seeds = [(seed, rows.assign(changed=", ".join(changed))) for run in found for seed, rows in run.groupby("seed")]
         furthest = dict(sorted(seeds, key=lambda pair: len(pair[1])))  # keeps the longest of a seed's runs

@@ -88,11 +88,6 @@ class Args(Selection):
 Cell = collections.namedtuple("Cell", "table task column algo flags args folder")
 
 
-def question(algo: str, args) -> dict:
-    """All that decides the numbers of a run, except its seeds. Runs that share it may stand in the same cell."""
-    return identity(algo, args) | {"dataset_path": args.dataset_path, "generate_episodes": args.generate_episodes}
-
-
 def expand(selection: Selection, flags: list[str]) -> list[Cell]:
     """The selected cells. `flags` go to every algorithm that has them, but what a table sets itself stays. Raises Error
     if there is no such table, task or column, or if no algorithm has one of the flags."""
@@ -131,10 +126,11 @@ def look(cell: Cell) -> tuple[str, list[str]]:
     if not (cell.folder / "args.json").exists():
         return "new", [program, *cell.flags, "--folder", folder]
     taken, asked = read_args(read_record(cell.folder), type(cell.args)), cell.args
-    if question(cell.algo, taken) != question(cell.algo, asked) or taken.seeds != asked.seeds:
+    if identity(cell.algo, taken) != identity(cell.algo, asked) or taken.seeds != asked.seeds:
         raise common.Error(f"{folder}/args.json has other arguments than these: choose another --name")
     try:
-        common.lock(cell.folder / ".lock").release()
+        with filelock.FileLock(cell.folder / ".lock", timeout=0):
+            pass
     except filelock.Timeout:
         return "running", []
     tenths = len(read_rows(cell.folder / "eval.csv")) // len(asked.seeds)  # that are evaluated for all seeds

@@ -67,7 +67,7 @@ def inputs(name, **changes):
     shapes = jax.eval_shape(functools.partial(algo.init, args, 5, 3), 0)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     state = with_parameters(state, jax.tree.map(lambda leaf: draw(leaf).astype(np.float32), parameters(state)))
-    action = lambda: common.clip_action(1.2 * rng.uniform(-1, 1, (32, 3)))
+    action = lambda: np.clip(np.float32(1.2 * rng.uniform(-1, 1, (32, 3))), -1 + 1e-5, 1 - 1e-5)
     obs, next_obs = rng.normal(size=(2, 32, 5))
     batch = common.Dataset(obs, action(), -rng.uniform(size=32), rng.uniform(size=32) < 0.8, next_obs, action())
     return args, state, jax.tree.map(np.float32, batch), jax.random.PRNGKey(6)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import filelock
 import imageio_ffmpeg
 import pandas as pd
 import pytest
@@ -51,7 +52,7 @@ def test_flags_go_to_every_algorithm_that_has_them_and_typing_errors_are_refused
 def test_cells_share_a_folder_if_the_same_run_fills_them_and_only_then():
     for flags in ([], ["--seeds", "1", "2"]):
         cells = expand(Selection(EIGHT + FOUR, ("scene-play", TASK)), flags)
-        run = lambda cell: (json.dumps(reproduce.question(cell.algo, cell.args)), cell.args.seeds)
+        run = lambda cell: (json.dumps(reproduce.identity(cell.algo, cell.args)), cell.args.seeds)
         runs, folders = {run(cell) for cell in cells}, {cell.folder for cell in cells}
         assert len({(run(cell), cell.folder) for cell in cells}) == len(runs) == len(folders) < len(cells)
 
@@ -70,7 +71,8 @@ def test_where_a_run_stands(tmp_path, monkeypatch):
     scores = [{"step": step, "seed": 1, "score": 0} for step in range(2, 22, 2)]
     append_rows(cell.folder / "eval.csv", scores[:7])
     assert look(cell) == ("70 % done", [f"{ROOT}/algos/mfql.py", "--resume", str(cell.folder)])
-    held = common.lock(cell.folder / ".lock")
+    held = filelock.FileLock(cell.folder / ".lock")
+    held.acquire()
     assert look(cell) == ("running", [])
     held.release()
     append_rows(cell.folder / "eval.csv", scores[7:])
