@@ -186,7 +186,7 @@ def load_task(name: str, dataset_path: str | None = None) -> Task:
             raise Error(f"{name} has observations {env.observation_space} and actions {env.action_space}: "
                         f"both must be vectors (Box), and actions bounded")  # fmt: skip
         return Task(name, name)
-    near = difflib.get_close_matches(name, [*PAPER, *adroit.TASKS], 3, 0.5) or PAPER
+    near = difflib.get_close_matches(name, PAPER | adroit.TASKS, 3, 0.5) or PAPER
     raise Error(f"there is no task {name!r}: give one like {', '.join(near)}, a single task of OGBench in states like "
                 f"scene-play-singletask-task2-v0, or, with --dataset-path, any gymnasium id")  # fmt: skip
 

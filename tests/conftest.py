@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASK = "cube-single-play"
 FILES = ("train.csv", "eval.csv", "episodes.csv", "checkpoint.msgpack")  # a run's; the same of a resumed one
-EPISODES = 4
+EPISODES = 3
 load_algo = functools.cache(common.load_algo)
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 PAIRS = [(name, f"d{name}") for name in ALGOS if f"d{name}" in ALGOS]

@@ -55,7 +55,7 @@ def start(case, monkeypatch):
     return algo, args, reference.with_parameters(state, theirs(case, "params", reference.parameters(state)))
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, "iql", "rebrac_tanh"))
+@pytest.mark.parametrize("case", slow_but(CASES, "rebrac_tanh"))
 def test_losses_gradients_and_actions_are_those_of_fql(case, monkeypatch):
     algo, args, state = start(case, monkeypatch)
     losses, gradients = reference.losses_and_gradients(algo, args, state, BATCH)
@@ -76,6 +76,7 @@ def test_twenty_updates_are_those_of_fql(case, monkeypatch):
         assert_close(after[network], expected, 1e-6 if network.startswith("target") else 1e-5)
 
 
+@pytest.mark.slow
 def test_flow_and_student_start_from_the_same_noise():
     """What noise that depends on its shape alone cannot show."""
     algo = load_algo("fql")

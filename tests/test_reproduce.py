@@ -144,7 +144,7 @@ def test_a_grid_from_end_to_end(home, tmp_path):
         command = [sys.executable, ROOT / "scripts" / script, *words]
         return subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
 
-    grid = ["table2", "--algos", "mfql", "--tasks", TASK, "antmaze-large-navigate", "--", "--generate-episodes", 4]
+    grid = ["table2", "--algos", "mfql", "--tasks", TASK, "antmaze-large-navigate", "--", "--generate-episodes", 3]
     grid += ["--num-updates", 20, "--eval-episodes", 1, "--hidden-dims", 8, 8, "--num-workers", 1, "--seeds", 5, 6]
     done = start("reproduce.py", *grid)
     assert done.returncode == 1 and done.stderr.startswith("error: 1 of 2 runs failed"), done

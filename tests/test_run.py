@@ -190,9 +190,9 @@ def test_every_script_runs(name, tmp_path, monkeypatch, capsys):
 
 def test_ogbench(data_path, tmp_path):
     """The first command of the README in small; each value that the paper has is taken and recorded."""
-    flags = "--generate-episodes 4 --num-updates 20 --eval-episodes 1 --folder run"
+    flags = "--generate-episodes 3 --num-updates 20 --eval-episodes 1 --folder run"
     out = finish(start(f"{ROOT}/algos/dmfql.py --env-name {TASK} {flags} {SMALL}", tmp_path))
     assert f"dmfql on {TASK}, scored by % success in cube-single-singletask-v0\n" in out
-    assert f"  data    {data_path}\n          generated, 4,000 transitions" in out and "16, 18, 20 updates" in out
+    assert f"  data    {data_path}\n          generated, 3,000 transitions" in out and "16, 18, 20 updates" in out
     args = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
     assert args | dict(num_samples=2, alpha=300, delta=0.03) == args
