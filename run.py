@@ -255,7 +255,7 @@ class Run:
     def print_banner(self):
         """Says what is about to run: task, data, values, device, folder."""
         data, versions = self.record["data"], self.record["versions"]
-        values = {name: value for name, value in vars(self.args).items() if name not in ABOUT | {"env_name"}}
+        values = {name: value for name, value in vars(self.args).items() if name not in ABOUT and value is not None}
         shown = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
         print(f"{self.algo} on {self.task.name}, scored by {self.task.unit} in {self.task.env_id}")
         print(f"  data    {data['path']}")
