@@ -79,7 +79,8 @@ PAPER = {task: dict(zip(COLUMNS, row, strict=True)) for task, row in TABLE.items
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learned from, and the environment that scores it. This is the user's own: any gymnasium environment.
+    """A task has data to learn from and an environment that scores what was learned. This one is the user's own, of any
+    gymnasium environment; OGBench's and D4RL's are below.
 
     Its file is an .npz of rows: observations, actions, rewards, masks (1 - terminal) and terminals (1 in the last row
     of each episode, from which no transition starts).
@@ -389,8 +390,8 @@ def usable_cores() -> int:
 
 
 def slots_per_seed(num_seeds: int, num_episodes: int, num_workers: int) -> int:
-    """How many episodes of a seed are played at a time: over all seeds about two per worker and at least 16, and their
-    last round a full one."""
+    """How many episodes of a seed are played at a time. Over all seeds these are about two per worker and at least 16,
+    in rounds of the same size, so that no worker is idle in the last."""
     rounds = max(1, round(num_episodes * num_seeds / max(16, 2 * num_workers)))
     return math.ceil(num_episodes / rounds)
 
@@ -413,8 +414,8 @@ class Slots:
         self.draws = {slot: np.random.MT19937() for slot in self.envs}  # each its own np.random
 
     def step(self, commands: dict) -> dict:
-        """Obeys {slot: command}, a command the seed to reset from or the action to take: {slot: (obs, score)}, score
-        being None while the episode lasts."""
+        """Resets or steps the slots of `commands`, {slot: seed to reset from, or action to take}. Returns {slot: (obs,
+        score)}, where the score is None until the episode ends."""
         answers = {}
         for slot, command in commands.items():
             np.random.set_bit_generator(self.draws[slot])
@@ -437,7 +438,7 @@ def follow_parent():
 
 
 def play(connection, task: Task, slots: collections.abc.Iterable[int]):
-    """A worker process: holds the environments of `slots` and obeys; see `Slots.step`."""
+    """What a worker process does: it holds the environments of `slots`, and steps them when it is told to."""
     follow_parent()
     environments = Slots(task, slots)
     while True:
@@ -466,8 +467,8 @@ class Environments:
                 connection.send({slot: commands[slot] for slot in commands if slot % len(self.connections) == i})
             return {slot: answer for connection in self.connections for slot, answer in connection.recv().items()}
         except (EOFError, ConnectionError):
-            raise Error("evaluation failed: an environment's process died of what is said above, or was killed, "
-                        "perhaps for its memory: mend that, then resume the run")  # fmt: skip
+            raise Error("evaluation failed: an environment's process ended, by the error above or for lack of memory: "
+                        "mend that, then resume the run")  # fmt: skip
 
     def close(self):
         """Ends the workers."""
@@ -477,7 +478,7 @@ class Environments:
 
 
 def episode_seeds(eval_seed: int, seed: int, update: int, num_episodes: int) -> list[int]:
-    """What each episode of an evaluation depends on, besides the policy: its first state and the policy's noise."""
+    """A seed for each episode of an evaluation. Its first state and the policy's noise depend on it alone."""
     entropy = [(eval_seed, seed, update, episode) for episode in range(num_episodes)]
     return [int(np.random.SeedSequence(numbers).generate_state(1)[0]) for numbers in entropy]
 

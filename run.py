@@ -128,7 +128,8 @@ def git_commit() -> str | None:
 
 
 def load_run(folder: str):
-    """Of a run's folder: module, arguments, updates done and states [seeds, ...]. Raises Error without a checkpoint."""
+    """A run's module, arguments, updates done and states [seeds, ...], from its folder. Raises Error if it has no
+    checkpoint."""
     folder = pathlib.Path(folder)
     record = read_record(folder)
     module = common.load_algo(record["algo"])
@@ -143,7 +144,8 @@ def load_run(folder: str):
 
 
 def load_policy(folder: str, index: int = 0):
-    """The policy of a run's seed number `index`: obs [obs_dim] and, for its noise, a key -> action [action_dim]."""
+    """The policy of a run's seed number `index`. It takes obs [obs_dim] and, for its noise, a key, and returns an
+    action [action_dim]."""
     module, args, _, states = load_run(folder)
     state = jax.tree.map(lambda leaf: leaf[index : index + 1], states)
 

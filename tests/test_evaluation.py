@@ -186,7 +186,7 @@ def test_a_failing_environment_ends_the_evaluation_and_its_nan_is_not_hidden(how
     environments = common.Environments(task, 2, 1)
     play = lambda: common.evaluate(lambda obs, keys: obs[..., :1], environments, (7, 8), 70, 3)
     if how == "killed":
-        with pytest.raises(common.Error, match="evaluation failed: an environment's process died"):
+        with pytest.raises(common.Error, match="evaluation failed: an environment's process ended"):
             play()
     else:
         np.testing.assert_array_equal(np.isnan(play()), [[False, False, False], [False, True, False]])
