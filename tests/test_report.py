@@ -113,3 +113,4 @@ def test_several_tasks_have_rows_of_their_own_and_one_of_all():
     lines = report.score_table("table2", rows.assign(column="dmfql")).splitlines()[2:]
     assert lines[0] == "| all 2 tasks | dmfql | 8 | 70.0 | 70.0 [70.0, 70.0] |  | 94.0 |"
     assert lines[1] == "| scene-play | dmfql | 8 | 90.0 ± 0.0 | 90.0 [90.0, 90.0] |  | 90 ± 10 |" and len(lines) == 3
+    assert "| 88 ± 4 |" in report.score_table("table1", rows.assign(column="ifql"))  # of its own run; FQL's is 73 ± 3
