@@ -161,6 +161,8 @@ def load_transitions(path: str | os.PathLike, hand: str) -> dict[str, np.ndarray
     if len({len(values) for values in arrays}) > 1 or not all(np.isfinite(values).all() for values in arrays):
         raise ValueError(f"{path} is damaged: its arrays differ in length, or hold NaN or infinity")
     obs, action, reward, terminal, timeout = arrays
+    if not np.isin([terminal, timeout], (0, 1)).all():
+        raise ValueError(f"{path} is damaged: its terminals or timeouts are not 0 or 1")
     kept = timeout[:-1] == 0
     if not kept.any():
         raise ValueError(f"{path} is damaged: it has no transitions")

@@ -261,7 +261,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     once, and kept; or downloaded once, and kept. Actions are clipped to +-(1 - 1e-5), as FQL clips them. Raises Error
     if the file cannot be had, is damaged or is another task's.
     """
-    folder = pathlib.Path(os.environ.get(*task.folder)).expanduser()
+    folder = pathlib.Path(os.environ.get(*task.folder))
     if dataset_path is not None:
         source, path = "given", pathlib.Path(dataset_path)
         path = path / task.file if path.is_dir() else path
@@ -270,9 +270,9 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
             raise Error(f"{task.name} cannot be generated (only the play sets of cube, scene and puzzle can): "
                         f"leave --generate-episodes out, and the published data are downloaded")  # fmt: skip
         stem = task.file.removesuffix(".npz")
-        source, path = "generated", folder / f"{stem}-generated{generate_episodes}.npz"
+        source, path = "generated", folder.expanduser() / f"{stem}-generated{generate_episodes}.npz"
     else:
-        source, path = "published", folder / task.file
+        source, path = "published", folder.expanduser() / task.file
     try:
         if source != "given" and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,17 +68,20 @@ def append_rows(path: pathlib.Path, rows: list[dict]):
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a CSV that were written whole; none if there is no file."""
+    """The rows of a CSV that were written whole; none if there is no file. Raises Error if it is damaged."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+    if not all(str(row.get(key)).isdecimal() for row in rows for key in ("step", "seed")):
+        raise Error(f"{path} is damaged: restore it, or move its folder away and start anew")
+    return rows
 
 
 def cut_rows(path: pathlib.Path, last_step: int):
     """Cuts off the end of a CSV: what was written after `last_step`, or half."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
-    if lines:
-        os.truncate(path, len("".join(lines[:1] + kept)) if kept else 0)
+    kept = sum(int(row["step"]) <= last_step for row in read_rows(path))
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        os.truncate(path, len("".join(lines[: kept + 1])) if kept else 0)
 
 
 def read_record(folder: pathlib.Path) -> dict:
@@ -196,7 +199,11 @@ class Run:
             args = read_args(record, type(args))
         self.task = common.load_task(args.env_name, args.dataset_path)
         self.args = args = common.resolve(args, self.task, paper)
-        self.device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        try:
+            self.device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        except (RuntimeError, AssertionError) as error:  # the second where jax has no plugin for it
+            platforms = os.environ.get("JAX_PLATFORMS")
+            raise Error(f"JAX_PLATFORMS={platforms} cannot be had here ({str(error) or 'no such device'}): unset it")
         if args.capture_video:
             rendering_backend()  # better now than after the run
         self.handlers = {}  # what signals did before
@@ -224,7 +231,7 @@ class Run:
             record["resumed"] = [*record.get("resumed", []), now]
         write_file(self.folder / "args.json", json.dumps(record, indent=2).encode())
         self.record = record
-        if not jax.config.jax_compilation_cache_dir:  # what this machine compiles is kept
+        if not jax.config.jax_compilation_cache_dir and "HOME" in os.environ:  # what this machine compiles is kept
             cache = pathlib.Path("~/.cache/doal").expanduser() / platform.node()
             jax.config.update("jax_compilation_cache_dir", str(cache))
         devices = next(n for n in range(jax.device_count(), 0, -1) if len(args.seeds) % n == 0)

@@ -89,25 +89,28 @@ Cell = collections.namedtuple("Cell", "table task column algo flags args folder"
 
 
 def expand(selection: Selection, flags: list[str]) -> list[Cell]:
-    """The selected cells. `flags` go to every algorithm that has them, but what a table sets itself stays. Raises Error
-    if there is no such table, task or column, or if no algorithm has one of the flags."""
+    """The selected cells. `flags` go to every algorithm that has them. Raises Error if there is no such table, task or
+    column, if no algorithm has one of the flags, or if a table sets it itself."""
+    field = lambda word: word.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
     given, name, cells = {}, "", []
     for word in flags:  # {"hidden_dims": ["--hidden-dims", "16", "16"], "tanh": ["--no-tanh"]}
         if word.startswith("--"):
-            name = word.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
+            name = field(word)
         given.setdefault(name, []).append(word)
     unknown = {*selection.targets, *selection.tasks, *selection.algos, *given}
     for table, column, algo, kind, seeds, *own in map(str.split, EXPERIMENTS.strip().splitlines()[1:]):
         if table not in selection.targets or (selection.algos and column not in selection.algos):
             continue
         module = common.load_algo(algo)
+        if taken := {"env_name", "folder", "resume", *map(field, own)} & given.keys():
+            raise common.Error(f"{table} sets {', '.join(sorted(taken))} itself: leave it out after --")
         known = {"seeds": ["--seeds", *SEEDS[seeds].split()]}
         known |= {name: words for name, words in given.items() if hasattr(module.Args, name)}
         for task in selection.tasks or common.PAPER:
             if kind not in ("all", "adroit" if task in adroit.TASKS else "ogbench") or task not in common.PAPER:
                 continue
             shared = [*sum(known.values(), []), "--env-name", task]
-            both = [tyro.cli(module.Args, args=words) for words in (shared, shared + own)]  # the last of a flag counts
+            both = [tyro.cli(module.Args, args=words) for words in (shared, shared + own)]
             plain, args = (common.resolve(args, common.load_task(task), module.PAPER) for args in both)
             run = algo if args == plain else f"{algo}_{'='.join(own)[2:]}"  # alike where delta=0.1 is the paper's value
             run += "_4-seeds" * (seeds == "4" and "seeds" not in given)

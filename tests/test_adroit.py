@@ -233,6 +233,7 @@ DAMAGES = {  # which array is changed, or the file's bytes, and how
     "other hand": ("observations", lambda values: values[:, :39]),
     "short": ("timeouts", lambda values: values[:-1]),
     "nan": ("observations", lambda values: values * np.nan),
+    "flag": ("terminals", lambda values: 2 * values),
     "all timeouts": ("timeouts", lambda values: values | True),
     "key missing": ("timeouts", lambda values: None),
     "a web page": ("bytes", lambda content: b"<html>404</html>"),

@@ -186,8 +186,9 @@ def test_a_damaged_file_is_named_and_never_trained_on(how, path):
     else:
         raw[what] = change(raw[what])
         np.savez_compressed(path, **{key: values for key, values in raw.items() if values is not None})
-    with pytest.raises(common.Error, match=f"{path} is (damaged|no dataset of {TASK}).*: name another file"):
+    with pytest.raises(common.Error, match=f"{path} is (damaged|no dataset of {TASK}).*: name another file") as refusal:
         load(path)
+    assert "allow_pickle" not in str(refusal.value)  # advice that would not help
 
 
 def test_a_damaged_file_of_ones_own_and_another_tasks_file_are_refused(path, tmp_path):

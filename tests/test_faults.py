@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import os
+import pwd
 import shutil
 import signal
 import sys
@@ -212,6 +213,18 @@ def test_a_folder_that_cannot_be_made_is_named(begin, tmp_path):
         begin(folder=None)
 
 
+def test_without_a_home_a_run_on_a_given_file_is_trained_all_the_same(begin, monkeypatch):
+    """As in a container of a user that has no entry in /etc/passwd."""
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])
+    monkeypatch.delenv("HOME")
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert begin().folder.exists()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
+
+
 def test_a_dataset_is_found_from_any_folder(begin, data, tmp_path):
     shutil.copy(data, tmp_path / "mine.npz")
     assert begin(dataset_path="mine.npz").args.dataset_path == str(tmp_path / "mine.npz")
@@ -246,6 +259,10 @@ def test_a_damaged_record_is_named(small, tmp_path):
         (folder / "checkpoint.msgpack").write_bytes(damaged)
         with pytest.raises(common.Error, match=f"{folder}/checkpoint.msgpack is damaged"):
             resume(folder)
+    (folder / "checkpoint.msgpack").write_bytes(content)
+    (folder / "eval.csv").write_text("step,seed,diverged,score\nx,5,0,0\n")
+    with pytest.raises(common.Error, match=f"{folder}/eval.csv is damaged"):
+        resume(folder)
     (folder / "args.json").write_text("{")
     with pytest.raises(common.Error, match=f"{folder} is no run's folder"):
         resume(folder)

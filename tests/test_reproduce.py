@@ -39,11 +39,13 @@ def test_cells_seeds_and_values_are_the_papers():
 
 def test_flags_go_to_every_algorithm_that_has_them_and_typing_errors_are_refused():
     flags = ["--num-updates=20", "--num-target-samples", "2", "--hidden-dims", "16", "16", "--seeds", "7"]
-    selection = Selection(("table1", "table2", "figure8"), ("scene-play",), ("difql", "dmfql", "num_target_samples=1"))
-    difql, dmfql, figure = (cell.args for cell in expand(selection, flags))
+    selection = Selection(("table1", "table2"), ("scene-play",), ("difql", "dmfql"))
+    difql, dmfql = (cell.args for cell in expand(selection, flags))
     assert difql.num_updates == dmfql.num_updates == 20 and difql.hidden_dims == (16, 16) and difql.seeds == (7,)
-    assert not hasattr(difql, "num_target_samples")
-    assert (dmfql.num_target_samples, figure.num_target_samples) == (2, 1)  # what a figure sets itself stays
+    assert dmfql.num_target_samples == 2 and not hasattr(difql, "num_target_samples")
+    for table, flag in (("figure8", "num_target_samples"), ("table1", "no-tanh"), ("table2", "env-name")):
+        with pytest.raises(common.Error, match=f"{table} sets (num_target_samples|tanh|env_name) itself"):
+            expand(Selection((table,)), [f"--{flag}=2"])
     for table, task, flags in (("tabel1", TASK, []), ("table1", "scene-pley", []), ("table1", TASK, ["--num-update"])):
         with pytest.raises(common.Error, match="nothing that was selected has .*(tabel1|scene-pley|num_update)"):
             expand(Selection((table,), (task,)), flags)

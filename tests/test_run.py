@@ -196,3 +196,10 @@ def test_ogbench(data_path, tmp_path):
     assert f"  data    {data_path}\n          generated, 3,000 transitions" in out and "16, 18, 20 updates" in out
     args = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
     assert args | dict(num_samples=2, alpha=300, delta=0.03) == args
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    process = start(f"{ROOT}/algos/dmfql.py", tmp_path, JAX_PLATFORMS="cuda")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (1, "")
+    assert re.fullmatch(r"error: JAX_PLATFORMS=cuda cannot be had here \(.+\): unset it\n", err)
