@@ -3,17 +3,19 @@
 Nothing in here knows an algorithm.
 """
 
-import atexit
 import collections.abc
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib.util
+import json
 import math
 import multiprocessing
 import os
 import pathlib
+import platform
 import re
 import signal
 import subprocess
@@ -38,12 +40,11 @@ ROOT = pathlib.Path(__file__).resolve().parent
 gymnasium.logger.min_level = gymnasium.logger.ERROR  # it would warn that OGBench's action spaces are cast to float32
 
 
-class Error(SystemExit):
-    """Something the user can fix: ends the program with its one sentence and exit code 1, without a traceback."""
+class Error(SystemExit, Exception):
+    """Something the user can fix. It ends a script with its one sentence and exit code 1, without a traceback; a search
+    or a notebook catches it like any Exception."""
 
     def __init__(self, sentence: str):
-        for bar in list(getattr(tqdm, "_instances", [])):
-            bar.close()  # so that the sentence has a line of its own
         super().__init__(f"error: {sentence}")
 
 
@@ -192,15 +193,50 @@ def load_task(name: str, dataset_path: str | None = None) -> Task:
                 f"scene-play-singletask-task2-v0, or, with --dataset-path, any gymnasium id")  # fmt: skip
 
 
-def resolve(args, task: Task, paper: dict[str, str]):
-    """`args` with the paper's values for `task` in place of None: `paper` is {flag: its column of PAPER}.
+def read_record(folder: str | pathlib.Path) -> dict:
+    """What a run wrote to args.json in its folder. Raises Error if none did."""
+    try:
+        return json.loads((pathlib.Path(folder) / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Error(f"{folder} is no run's folder ({error}): give one like runs/<task>/<algo>/<time>")
+
+
+def read_args(record: dict, Args):
+    """The arguments of a record, an `Args`. Raises Error if the code knows others."""
+    try:
+        return Args(**{flag: tuple(v) if isinstance(v, list) else v for flag, v in record["args"].items()})
+    except TypeError as error:
+        raise Error(f"this run has other flags than the code ({error}): check out its commit, {record['commit']}")
+
+
+def check_numbers(args):
+    """Raises Error if a number in the dataclass `args` is impossible: a whole one is at least 1, another at least 0."""
+    for field in dataclasses.fields(args):
+        value, whole = getattr(args, field.name), int in (field.type, *typing.get_args(field.type))
+        low, high = (1, 10**9) if whole else (0, math.inf)
+        if field.name in ("seeds", "eval_seed"):
+            low, high = 0, 2**32 - 1
+        elif field.name in ("discount", "tau", "expectile", "learning_rate"):
+            high = 1
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float) and not low <= number <= high:  # a NaN is in no range
+                flag = f"--{field.name.replace('_', '-')}"
+                raise Error(f"{flag} {number} is impossible: it is from {low} to {high}")
+
+
+def resolve(args, task: Task, columns: dict[str, str]):
+    """`args` with the paper's values for `task` in place of None: `columns` is {flag: its column of PAPER}.
 
     Raises Error if the paper has no value for a flag that needs one, or if a value is impossible.
     """
-    values = {"num_updates": task.num_updates} | {flag: task.paper.get(column) for flag, column in paper.items()}
+    values = {"num_updates": task.num_updates} | {flag: task.paper.get(column) for flag, column in columns.items()}
     values = {flag: value for flag, value in values.items() if getattr(args, flag) is None}
     if missing := [f"--{flag.replace('_', '-')}" for flag, value in values.items() if value is None]:
         raise Error(f"the paper has no values for {task.name}: give {' '.join(missing)}")
+    plain = lambda value: value.item() if isinstance(value, np.generic) else value
+    values = vars(args) | values
+    for flag, value in values.items():  # lists and NumPy's numbers, as a search's code gives them
+        values[flag] = tuple(map(plain, value)) if isinstance(value, (list, tuple, np.ndarray)) else plain(value)
     args = dataclasses.replace(args, **values)
     check_numbers(args)
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not args.hidden_dims:
@@ -214,18 +250,30 @@ def resolve(args, task: Task, paper: dict[str, str]):
     return args
 
 
-def check_numbers(args):
-    """Raises Error if a number in the dataclass `args` is impossible: counts are at least 1, weights at least 0."""
-    weights, fractions = ("alpha", "delta", "policy_noise", "noise_clip"), ("discount", "tau", "expectile", "learning")
-    for flag, value in vars(args).items():
-        low, high = 1, 10**9
-        if flag in ("seeds", "eval_seed"):
-            low, high = 0, 2**32 - 1
-        elif flag.startswith(weights + fractions):
-            low, high = 0, 1 if flag.startswith(fractions) else 10**9
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) in (int, float) and not low <= number <= high:  # a NaN is in no range
-                raise Error(f"--{flag.replace('_', '-')} {number} is impossible: it lies in [{low}, {high}]")
+def prepare(args, file: str, columns: dict[str, str]):
+    """What the algorithm in `file` is to do: its arguments in full (see `resolve`; with --resume, that run's) and its
+    Task. Raises Error, before anything is made, if an argument is impossible or a device cannot be had."""
+    if args.resume is not None:
+        record, defaults = read_record(args.resume), type(args)()
+        if record["algo"] != pathlib.Path(file).stem:
+            raise Error(f"{args.resume} is a run of {record['algo']}: resume it by algos/{record['algo']}.py")
+        if args != dataclasses.replace(defaults, resume=args.resume, dataset_path=args.dataset_path):
+            raise Error(f"--resume takes all other flags from {args.resume}/args.json, but for --dataset-path where "
+                        f"its data have moved: leave them out")  # fmt: skip
+        saved = read_args(record, type(args))
+        args = dataclasses.replace(saved, resume=args.resume, dataset_path=args.dataset_path or saved.dataset_path)
+    task = load_task(args.env_name, args.dataset_path)
+    args = resolve(args, task, columns)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second where jax has no plugin for it
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise Error(f"JAX_PLATFORMS={platforms} cannot be had here ({str(error) or 'no such device'}): unset it")
+    if args.capture_video:
+        rendering_backend()  # better now than after the run
+    if not jax.config.jax_compilation_cache_dir and "HOME" in os.environ:  # what this machine compiles is kept
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/doal/{platform.node()}"))
+    return args, task
 
 
 def load_algo(name: str):
@@ -368,6 +416,15 @@ XLA_OPTIONS = {
 }
 
 
+def place(dataset: Dataset, states):
+    """Both on JAX's devices: each gets all data, and an equal share of the seeds' states [seeds, ...]."""
+    num_seeds = len(jax.tree.leaves(states)[0])
+    devices = next(n for n in range(jax.device_count(), 0, -1) if num_seeds % n == 0)
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("seed",))
+    split = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    return jax.device_put(dataset, split()), jax.device_put(states, split("seed"))
+
+
 def for_each_seed(function: collections.abc.Callable, dataset: Dataset, states):
     """`function(dataset, state)` for each seed's state: `states` and the result are stacked, [seeds, ...].
 
@@ -403,6 +460,15 @@ def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
     if hasattr(env.unwrapped, "_data"):  # its manipulation tasks settle by random actions, which the solver remembers
         env.unwrapped._data.qacc_warmstart[:] = 0
     return obs
+
+
+def rendering_backend() -> str:
+    """What MUJOCO_GL must be for MuJoCo to draw here without a screen. Raises Error if nothing does."""
+    draw = [sys.executable, "-c", "import mujoco; mujoco.GLContext(16, 16).make_current()"]
+    for backend in ("egl", "osmesa", "cgl"):
+        if not subprocess.run(draw, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode:
+            return backend
+    raise Error("nothing here can draw for --capture-video: install OSMesa (Debian's libosmesa6), or a GPU's EGL")
 
 
 class Slots:
@@ -441,24 +507,37 @@ def play(connection, task: Task, slots: collections.abc.Iterable[int]):
     """What a worker process does: it holds the environments of `slots`, and steps them when it is told to."""
     follow_parent()
     environments = Slots(task, slots)
-    while True:
-        connection.send(environments.step(connection.recv()))
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
+        while True:
+            connection.send(environments.step(connection.recv()))
 
 
 class Environments:
-    """`num_slots` environments in `num_workers` processes that live until `close`, or as long as this process."""
+    """Enough environments to evaluate `num_seeds` policies, in worker processes that live as long as a `with` block."""
 
-    def __init__(self, task: Task, num_slots: int, num_workers: int):
-        context, num_workers = multiprocessing.get_context("forkserver"), min(num_workers, num_slots)
-        self.num_slots, self.connections, self.workers = num_slots, [], []
+    def __init__(self, task: Task, num_seeds: int, num_episodes: int, num_workers: int | None = None):
+        num_workers = num_workers or usable_cores()
+        self.num_slots = num_seeds * slots_per_seed(num_seeds, num_episodes, num_workers)
+        context, num_workers = multiprocessing.get_context("forkserver"), min(num_workers, self.num_slots)
+        self.connections, self.workers = [], []
         for i in range(num_workers):
             ours, theirs = context.Pipe()
-            slots = range(i, num_slots, num_workers)
+            slots = range(i, self.num_slots, num_workers)
             self.workers.append(context.Process(target=play, args=(theirs, task, slots), daemon=True))
             self.workers[-1].start()
             theirs.close()  # so that a dead worker reads as the end of its pipe
             self.connections.append(ours)
-        atexit.register(self.close)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Ends the workers."""
+        for worker, connection in zip(self.workers, self.connections):
+            worker.kill()
+            worker.join()
+            worker.close()
+            connection.close()
 
     def step(self, commands: dict) -> dict:
         """See `Slots.step`. Raises Error if a worker dies."""
@@ -469,12 +548,6 @@ class Environments:
         except (EOFError, ConnectionError):
             raise Error("evaluation failed: an environment's process ended, by the error above or for lack of memory: "
                         "mend that, then resume the run")  # fmt: skip
-
-    def close(self):
-        """Ends the workers."""
-        for worker in self.workers:
-            worker.kill()
-            worker.join()
 
 
 def episode_seeds(eval_seed: int, seed: int, update: int, num_episodes: int) -> list[int]:

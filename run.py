@@ -1,9 +1,8 @@
 """The record of a run: its folder, CSVs, checkpoint and resume, signals, progress and Weights & Biases.
 
-Every algorithm's `main` uses `Run` in the same dozen lines. `load_policy` gives the policy of a run's folder.
+Every algorithm's `main` uses `Run` in the same lines. `load_policy` gives the policy of a run's folder.
 """
 
-import collections
 import csv
 import dataclasses
 import functools
@@ -12,12 +11,12 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import secrets
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import filelock
@@ -28,16 +27,15 @@ import numpy as np
 from tqdm import tqdm
 
 import common
-from common import ROOT, Error
+from common import ROOT, Error, read_args, read_record
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
-# Flags that decide no number: where a run is recorded and shown.
-ABOUT = {"num_workers", "folder", "resume", "track", "wandb_project_name", "capture_video"}
+BOOKKEEPING = {"num_workers", "folder", "resume", "track", "wandb_project_name", "capture_video"}  # decide no number
 
 
 def identity(algo: str, args) -> dict:
     """All that decides a run's numbers but for its seeds, as JSON has it: runs that share it are of one cell."""
-    values = {name: value for name, value in vars(args).items() if name not in ABOUT | {"seeds"}}
+    values = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING | {"seeds"}}
     return json.loads(json.dumps({"algo": algo} | values))
 
 
@@ -82,22 +80,6 @@ def cut_rows(path: pathlib.Path, last_step: int):
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         os.truncate(path, len("".join(lines[: kept + 1])) if kept else 0)
-
-
-def read_record(folder: pathlib.Path) -> dict:
-    """What a run wrote to args.json in its folder. Raises Error if none did."""
-    try:
-        return json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError) as error:
-        raise Error(f"{folder} is no run's folder ({error}): give one like runs/<task>/<algo>/<time>")
-
-
-def read_args(record: dict, Args):
-    """The arguments of a record, an `Args`. Raises Error if the code knows others."""
-    try:
-        return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()})
-    except TypeError as error:
-        raise Error(f"this run has other flags than the code ({error}): check out its commit, {record['commit']}")
 
 
 def read_checkpoint(folder: pathlib.Path, states):
@@ -159,15 +141,6 @@ def load_policy(folder: str, index: int = 0):
     return policy
 
 
-def rendering_backend() -> str:
-    """What MUJOCO_GL must be for MuJoCo to draw here without a screen. Raises Error if nothing does."""
-    draw = [sys.executable, "-c", "import mujoco; mujoco.GLContext(16, 16).make_current()"]
-    for backend in ("egl", "osmesa", "cgl"):
-        if not subprocess.run(draw, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode:
-            return backend
-    raise Error("nothing here can draw for --capture-video: install OSMesa (Debian's libosmesa6), or a GPU's EGL")
-
-
 def tell(text: str):
     """Prints a line above the progress bar, at once."""
     tqdm.write(text)
@@ -179,79 +152,69 @@ class Run:
 
     Its folder holds args.json; train.csv, a row per seed and chunk of updates; eval.csv, a row per seed and evaluation;
     episodes.csv, a row per seed, evaluation and episode; and checkpoint.msgpack. No CSV holds a clock's time, so those
-    of a resumed run equal an uninterrupted one's byte for byte.
+    of a resumed run equal an uninterrupted one's byte for byte. Within a `with` block, Ctrl-C, SIGTERM and SIGHUP save
+    and end the run.
     """
 
-    def __init__(self, args, file: str, paper: dict[str, str]):
-        """Prepares a run of the algorithm in `file`: by `args`, each None replaced by the paper's value (see
-        `common.resolve`), or, with `args.resume`, by that run's. Raises Error, before any training, if anything is
-        impossible."""
-        self.file, self.algo, self.folder = file, pathlib.Path(file).stem, args.resume and pathlib.Path(args.resume)
-        self.stop, self.saved_step = 0, 0  # the signal that asked to stop; updates saved
-        self.busy, self.bar = False, None  # whether there is something that is not saved
-        record = None
-        if args.resume is not None:
-            record = read_record(self.folder)
-            if record["algo"] != self.algo:
-                raise Error(f"{args.resume} is a run of {record['algo']}: resume it by algos/{record['algo']}.py")
-            if args != dataclasses.replace(type(args)(), resume=args.resume):
-                raise Error(f"--resume takes all other flags from {args.resume}/args.json: give it alone")
-            args = read_args(record, type(args))
-        self.task = common.load_task(args.env_name, args.dataset_path)
-        self.args = args = common.resolve(args, self.task, paper)
-        try:
-            self.device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        except (RuntimeError, AssertionError) as error:  # the second where jax has no plugin for it
-            platforms = os.environ.get("JAX_PLATFORMS")
-            raise Error(f"JAX_PLATFORMS={platforms} cannot be had here ({str(error) or 'no such device'}): unset it")
-        if args.capture_video:
-            rendering_backend()  # better now than after the run
-        self.handlers = {}  # what signals did before
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                self.handlers[number] = signal.signal(number, self.ask_to_stop)
-        dataset, data = common.load_dataset(self.task, args.dataset_path, args.generate_episodes)
-        if record and record["data"]["sha256"] != data["sha256"]:
-            raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
+    def __init__(self, args, file: str, task: common.Task, data: dict):
+        """Begins the record of `args` (see `common.prepare`), by the algorithm in `file`, on `data` (see
+        `common.load_dataset`); or goes on with that in `args.resume`. Raises Error if its folder, or its place in
+        Weights & Biases, cannot be had, or if it was begun on other data."""
+        self.args, self.file, self.task = args, file, task
+        self.eval_interval = args.num_updates // 10  # updates between two evaluations
+        self.chunk = max(size for size in range(1, 251) if self.eval_interval % size == 0)  # updates per `train`
+        self.stop, self.training, self.saved_step = 0, False, 0  # the signal that asked to stop; see `ask_to_stop`
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         now = {"commit": git_commit(), "versions": {name: installed.get(name) for name in PACKAGES}}
-        now |= {"device": self.device, "matmul_precision": jax.config.jax_default_matmul_precision}
-        if not record:
+        now["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        now["matmul_precision"] = jax.config.jax_default_matmul_precision
+        if args.resume is None:
             self.folder = self.make_folder()
+            self.record = {"algo": pathlib.Path(file).stem, "args": dataclasses.asdict(args), "data": data} | now
+            self.record["wandb"] = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        else:
+            self.folder = pathlib.Path(args.resume)
+            self.record = record = read_record(self.folder)
+            if record["data"]["sha256"] != data["sha256"]:
+                raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
+            record["data"], record["args"]["dataset_path"] = data, args.dataset_path  # they may have moved
+            if changed := [f"{name} {record[name]}, now {now[name]}" for name in now if record[name] != now[name]]:
+                print(f"warning: begun with {'; '.join(changed)}", file=sys.stderr)
+                record["resumed"] = [*record.get("resumed", []), now]
+        self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         try:
-            self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
             self.lock.acquire()
         except filelock.Timeout:
             raise Error(f"{self.folder} is being trained by another process: let that one end, or stop it")
-        if not record:
-            record = {"algo": self.algo, "args": dataclasses.asdict(args), "data": data} | now
-            record["wandb"] = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        elif changed := [f"{name} {record[name]}, now {now[name]}" for name in now if record[name] != now[name]]:
-            print(f"warning: begun with {'; '.join(changed)}", file=sys.stderr)
-            record["resumed"] = [*record.get("resumed", []), now]
-        write_file(self.folder / "args.json", json.dumps(record, indent=2).encode())
-        self.record = record
-        if not jax.config.jax_compilation_cache_dir and "HOME" in os.environ:  # what this machine compiles is kept
-            cache = pathlib.Path("~/.cache/doal").expanduser() / platform.node()
-            jax.config.update("jax_compilation_cache_dir", str(cache))
-        devices = next(n for n in range(jax.device_count(), 0, -1) if len(args.seeds) % n == 0)
-        mesh = jax.sharding.Mesh(jax.devices()[:devices], ("seed",))  # these share the seeds out, each has all data
-        place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-        self.sharding, self.dataset = place("seed"), jax.device_put(dataset, place())
-        self.eval_interval = args.num_updates // 10  # updates between two evaluations
-        self.chunk = max(size for size in range(1, 251) if self.eval_interval % size == 0)  # in one call of `train`
-        workers = args.num_workers or common.usable_cores()
-        slots = common.slots_per_seed(len(args.seeds), args.eval_episodes, workers)
-        self.envs = common.Environments(self.task, slots * len(args.seeds), workers)
+        write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
         self.tracker = self.start_tracking() if args.track else None
-        self.print_banner()
+        self.print_banner(now)
         calm = 0.1 if sys.stderr.isatty() else 10  # seconds between redraws of the bar: few in a log file
-        self.bar = tqdm(total=args.num_updates, desc=self.algo, unit="update", mininterval=calm, smoothing=0.1)
+        bar = dict(total=args.num_updates, desc=self.record["algo"], unit="update", smoothing=0.1, mininterval=calm)
+        self.bar = tqdm(**bar)
+
+    def __enter__(self):
+        """From here on, a signal lets the run save before it ends; but not in a thread, nor one that nohup ignores."""
+        self.handlers = {}  # what signals did before
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.ask_to_stop)
+        return self
+
+    def __exit__(self, error, *_):
+        """Leaves nothing behind in this process, which may be a notebook's."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        if self.tracker:
+            self.tracker.finish(exit_code=int(error is not None))
+        self.lock.release()
 
     def make_folder(self) -> pathlib.Path:
         """A folder of this run's own. Raises Error if it cannot be made."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # runs may start in the same second
-        folder = pathlib.Path(self.args.folder or pathlib.Path("runs", self.args.env_name, self.algo, name))
+        default = pathlib.Path("runs", self.args.env_name, pathlib.Path(self.file).stem, name)
+        folder = pathlib.Path(self.args.folder or default)
         if (folder / "args.json").exists():
             again = shlex.quote(str(folder))
             raise Error(f"{folder} is there already: go on by --resume {again}, or give another --folder")
@@ -261,34 +224,31 @@ class Run:
             raise Error(f"cannot write to {folder.absolute()} ({error.strerror}): start elsewhere")
         return folder
 
-    def print_banner(self):
+    def print_banner(self, now: dict):
         """Says what is about to run: task, data, values, device, folder."""
-        data, versions = self.record["data"], self.record["versions"]
-        values = {name: value for name, value in vars(self.args).items() if name not in ABOUT and value is not None}
+        data, values = self.record["data"], vars(self.args).items()
         shown = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
-        print(f"{self.algo} on {self.task.name}, scored by {self.task.unit} in {self.task.env_id}")
+        values = [f"{k} {shown(v)}" for k, v in values if k not in BOOKKEEPING and v is not None]
+        print(f"{self.record['algo']} on {self.task.name}, scored by {self.task.unit} in {self.task.env_id}")
         print(f"  data    {data['path']}")
         print(f"          {data['source']}, {data['transitions']:,} transitions, sha256 {data['sha256'][:16]}")
-        print(f"  values  {', '.join(f'{name} {shown(value)}' for name, value in values.items())}")
-        print(f"  device  {self.device}; {', '.join(f'{name} {version}' for name, version in versions.items())}")
+        print(f"  values  {', '.join(values)}")
+        print(f"  device  {now['device']}; {', '.join(' '.join(map(str, pair)) for pair in now['versions'].items())}")
         print(f"  folder  {self.folder}", flush=True)
 
     def restore(self, states):
-        """Updates done, updates at the last evaluation, and the states: those of the checkpoint, or 0, 0 and `states`.
+        """Updates done, and the states [seeds, ...]: those of the checkpoint, or 0 and `states`.
 
         The CSVs are cut back to these. Raises Error if the checkpoint is damaged or of other networks.
         """
         step, states = read_checkpoint(self.folder, states)
-        self.saved_step = self.bar.n = self.bar.initial = step
-        self.saved_time = time.monotonic()
-        scored = collections.Counter(int(row["step"]) for row in read_rows(self.folder / "eval.csv"))
-        evaluated = max((at for at in scored if scored[at] == len(self.args.seeds) and at <= step), default=0)
-        for name, last_step in (("train", step), ("eval", evaluated), ("episodes", evaluated)):
-            cut_rows(self.folder / f"{name}.csv", last_step)
-        train = read_rows(self.folder / "train.csv")
-        self.diverged = {int(row["seed"]) for row in train if row["diverged"] == "1"}
-        self.busy = step < evaluated + self.eval_interval
-        return step, evaluated, jax.device_put(states, self.sharding)
+        for name in ("train", "eval", "episodes"):
+            cut_rows(self.folder / f"{name}.csv", step)
+        rows = read_rows(self.folder / "train.csv")
+        self.diverged = {int(row["seed"]) for row in rows if row["diverged"] == "1"}
+        self.bar.n = self.bar.initial = self.saved_step = step
+        self.saved_time, self.training = time.monotonic(), True
+        return step, states
 
     def log(self, step: int, metrics: dict[str, jax.Array]):
         """Records a chunk of updates by its mean metrics, {name: [seeds]}.
@@ -304,18 +264,18 @@ class Run:
         self.write("train", step, rows)
         self.bar.update(self.chunk)
         if len(self.diverged) == len(rows):
-            self.close()
             raise Error(f"every seed diverged by update {step:,} (see {self.folder / 'train.csv'}): "
                         f"lower --learning-rate, or the data's rewards")  # fmt: skip
+        self.training = step % self.eval_interval != 0
 
     def log_scores(self, step: int, scores: np.ndarray):
         """Records an evaluation, the scores [seeds, episodes]."""
+        self.training = True
         scores[[seed in self.diverged for seed in self.args.seeds]] = np.nan
         for i, column in enumerate(scores.T):
             self.write("episodes", step, [{"episode": i, "score": score} for score in column])
         means = scores.mean(axis=1)
-        self.busy = True
-        self.write("eval", step, [{"score": mean} for mean in means])  # last: it says that the evaluation is whole
+        self.write("eval", step, [{"score": mean} for mean in means])
         each = ", ".join(f"seed {seed} {mean:.1f}" for seed, mean in zip(self.args.seeds, means))
         tell(f"update {step:,}: {means.mean():.1f} {self.task.unit} ({each}; {scores.shape[1]} episodes each)")
 
@@ -330,66 +290,52 @@ class Run:
             self.tracker.log({"step": step} | means | (each if len(rows) > 1 else {}))
 
     def save(self, step: int, states):
-        """Writes the checkpoint where one is due: before each evaluation, every ten minutes, and when a signal asked
-        to stop, which then ends the program."""
-        evaluation = step % self.eval_interval == 0
-        if evaluation or self.stop or time.monotonic() - self.saved_time > 600:
+        """Writes the checkpoint where one is due: after each evaluation, every ten minutes, and when a signal asked to
+        stop, which then ends the program."""
+        if step % self.eval_interval == 0 or self.stop or time.monotonic() - self.saved_time > 600:
             saved = {"step": step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
             content = flax.serialization.msgpack_serialize(saved)
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
             self.saved_step, self.saved_time = step, time.monotonic()
         if self.stop:
             self.leave()
-        self.busy = not evaluation
 
     def ask_to_stop(self, number, frame):
         """Handles Ctrl-C, SIGTERM and SIGHUP: a run that is training saves at its chunk's end and leaves; one that
-        evaluates, or has not begun, has all saved and leaves at once. The second signal ends the program."""
+        evaluates, or has not begun, leaves at once with its last checkpoint. The second signal ends the program."""
         self.stop = number
         signal.signal(number, signal.SIG_DFL)
-        if self.busy:
-            tell("stopping at the end of this chunk of updates")
-        else:
+        if not self.training:
             self.leave()
+        tell("stopping at the end of this chunk of updates")
 
     def leave(self):
         """Ends the program, and says how the run goes on."""
-        self.close()
         again = shlex.join(["python", os.path.relpath(self.file), "--resume", str(self.folder)])
-        told = "give the same command again" if self.folder is None else f"go on by: {again}"
-        tell(f"stopped at update {self.saved_step:,}; {told}")
+        tell(f"stopped at update {self.saved_step:,}; go on by: {again}")
         sys.exit(128 + self.stop)
 
-    def close(self):
-        """Leaves nothing behind in this process, which may be a notebook's."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.bar is not None:
-            self.bar.close()
-            self.envs.close()
-            self.lock.release()
-
-    def finish(self):
-        """Prints the score by the paper's protocol: of each seed, the mean of the evaluations at 80, 90 and 100% of the
-        run, or the last one on D4RL; over the seeds, mean and standard deviation (ddof 0). Films, if asked to."""
-        self.close()
+    def finish(self) -> np.ndarray:
+        """Prints and returns the scores [seeds] by the paper's protocol: of each seed, the mean of the evaluations at
+        80, 90 and 100 % of the run, or the last one on D4RL. Films, if asked to."""
         rows = [row for row in read_rows(self.folder / "eval.csv")
                 if int(row["step"]) >= self.task.scored_from * self.args.num_updates]  # fmt: skip
-        scores = [np.mean([float(r["score"]) for r in rows if int(r["seed"]) == seed]) for seed in self.args.seeds]
+        score = lambda seed: np.mean([float(row["score"]) for row in rows if int(row["seed"]) == seed])
+        scores = np.array([score(seed) for seed in self.args.seeds])
         steps = ", ".join(f"{step:,}" for step in sorted({int(row["step"]) for row in rows}))
-        print(f"score: {np.mean(scores):.1f} +- {np.std(scores):.1f} {self.task.unit}")
-        print(
-            f"  mean +- std over {len(scores)} seed(s), each scored by the mean of its evaluations at {steps} updates"
-        )
+        spread, seeds = "", "one seed"
+        if len(scores) > 1:
+            spread, seeds = f" +- {scores.std():.1f}", f"mean +- std over {len(scores)} seeds, each"
+        print(f"score: {scores.mean():.1f}{spread} {self.task.unit}")
+        print(f"  {seeds} scored by the mean of its evaluations at {steps} updates")
         if self.diverged:
             print(f"  diverged, and so nan: seed {', '.join(map(str, sorted(self.diverged)))}")
         print(f"  every number is in {self.folder}", flush=True)
-        if self.tracker:
-            self.tracker.finish()
         if self.args.capture_video:
             film = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(self.folder), "--capture-video"]
             if subprocess.run(film).returncode:
                 raise Error(f"the run is finished, in {self.folder}, but could not be filmed: see above")
+        return scores
 
     def start_tracking(self):
         """A run of Weights & Biases, the sweep's if an agent started this. Raises Error if there can be none."""
@@ -398,13 +344,14 @@ class Run:
         try:
             tracker = wandb.init(
                 project=self.args.wandb_project_name,
-                name=f"{self.algo} {self.task.name} {self.folder.name}",
+                name=f"{self.record['algo']} {self.task.name} {self.folder.name}",
                 id=self.record["wandb"],
                 config=self.record,
                 dir=self.folder.absolute(),
                 resume="allow",
             )
         except Exception as error:
+            self.lock.release()
             raise Error(f"no Weights & Biases ({error}): log in, set WANDB_MODE=offline, or leave --track out")
         tracker.define_metric("*", step_metric="step")
         return tracker

@@ -26,60 +26,36 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this che
 import common
 from run import Run
 
-# flag: the column of the paper's values (common.PAPER) that it takes where it is None
-PAPER = {"num_samples": "ql_num_samples", "alpha_critic": "alpha_critic", "alpha": "alpha", "delta": "ql_delta"}
+# flag: the column of the paper's values (common.PAPER) that is used when the flag is None
+PAPER_COLUMNS = {"num_samples": "ql_num_samples", "alpha_critic": "alpha_critic", "alpha": "alpha", "delta": "ql_delta"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_name: str = "scene-play"
-    """task: one of the paper's 15, an OGBench `*-singletask*-v0` id, or, with a dataset_path, any gymnasium id"""
-    seeds: tuple[int, ...] = (111,)
-    """seeds, all trained side by side in one program"""
-    num_updates: int | None = None
-    """gradient steps (None here and below: the paper's value for the task)"""
-    batch_size: int = 256
-    """transitions per update"""
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
-    """widths of the hidden layers of every network"""
-    learning_rate: float = 3e-4
-    """learning rate of Adam, for every network"""
-    discount: float = 0.99
-    """discount factor gamma"""
-    tau: float = 0.005
-    """step of the target critic towards the critic"""
-    num_target_samples: int = 4
-    """actions that MaxQ chooses from in the Bellman target"""
-    num_samples: int | None = None
-    """actions that MaxQ chooses from when acting (n)"""
-    flow_steps: int = 10
-    """Euler steps from noise to action"""
-    alpha_critic: float | None = None
-    """weight of the squared distance to the next data action in the Bellman target"""
-    alpha: float | None = None
-    """weight of the behaviour loss"""
-    delta: float | None = None
-    """mean length of the step from the data action up the gradient of Q"""
-    eval_episodes: int = 50
-    """episodes per evaluation, which comes at every tenth of the run"""
-    eval_seed: int = 0
-    """seed of the episodes' first states and of the policy's noise in them"""
-    num_workers: int | None = None
-    """processes that step the environments (None: one per core)"""
-    dataset_path: str | None = None
-    """file to train on, in place of the published one"""
-    generate_episodes: int | None = None
-    """train on that many episodes made here by OGBench's own oracles, in place of the published ones"""
-    folder: str | None = None
-    """where the run is recorded (None: runs/<task>/<algorithm>/<time>)"""
-    resume: str | None = None
-    """folder of the run to go on with, in place of all other flags"""
-    track: bool = False
-    """log to Weights & Biases"""
-    wandb_project_name: str = "doal"
-    """W&B project"""
-    capture_video: bool = False
-    """film the first seed's first episodes at the end (mp4, in the run's folder)"""
+    env_name: str = "scene-play"  # one of the paper's 15 tasks, or another (docs/data.md)
+    seeds: tuple[int, ...] = (111,)  # training seeds, all side by side in one program
+    num_updates: int | None = None  # gradient steps (None here and below: the paper's value for the task)
+    batch_size: int = 256  # transitions per update
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of the hidden layers, of every network
+    learning_rate: float = 3e-4  # of Adam, for every network
+    discount: float = 0.99  # discount factor gamma
+    tau: float = 0.005  # step of the target critic towards the critic
+    num_target_samples: int = 4  # actions that MaxQ chooses from in the Bellman target
+    num_samples: int | None = None  # actions that MaxQ chooses from when acting (n)
+    flow_steps: int = 10  # Euler steps from noise to action
+    alpha_critic: float | None = None  # weight of the squared distance to the next data action in the Bellman target
+    alpha: float | None = None  # weight of the behaviour loss
+    delta: float | None = None  # mean length of the step from the data action up the gradient of Q
+    eval_episodes: int = 50  # episodes per evaluation, which comes at every tenth of the run
+    eval_seed: int = 0  # of the episodes' first states, and of the policy's noise in them
+    num_workers: int | None = None  # processes that step the environments (None: one per core)
+    dataset_path: str | None = None  # file to train on, in place of the published one
+    generate_episodes: int | None = None  # train on that many episodes made here by OGBench's oracles
+    folder: str | None = None  # where the run is recorded (None: runs/<task>/<algorithm>/<time>)
+    resume: str | None = None  # folder of the run to go on with, in place of all other flags
+    track: bool = False  # log to Weights & Biases
+    wandb_project_name: str = "doal"  # W&B project
+    capture_video: bool = False  # film four episodes at the end (mp4, in the run's folder)
 
 
 class MLP(nn.Module):
@@ -205,9 +181,9 @@ def update(args, dataset, state, _):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=common.XLA_OPTIONS)
-def train(args, num_steps, dataset, states):
-    """num_steps updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
-    updates = lambda dataset, state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_steps)
+def train(args, num_updates, dataset, states):
+    """num_updates updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
+    updates = lambda dataset, state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_updates)
     states, metrics = common.for_each_seed(updates, dataset, states)
     return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
 
@@ -220,24 +196,27 @@ def act(args, states, obs, keys):
 
 
 def main(args):
-    """Trains all seeds, evaluates them at every tenth of the run, and prints their score by the paper's protocol."""
-    run = Run(args, __file__, PAPER)
-    args, dataset = run.args, run.dataset
-    init_seed = functools.partial(init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
-    states = jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32))
-    step, evaluated, states = run.restore(states)  # evaluated: the step of the last evaluation
-    while evaluated < args.num_updates:
-        if step == evaluated + run.eval_interval:
-            policy = functools.partial(act, args, states)
-            scores = common.evaluate(policy, run.envs, args.seeds, step, args.eval_episodes, args.eval_seed)
-            evaluated = step
-            run.log_scores(step, scores)
-        else:
+    """Trains all seeds, evaluates each at every tenth of the run, and returns their scores [seeds] by the paper's
+    protocol."""
+    args, task = common.prepare(args, __file__, PAPER_COLUMNS)
+    dataset, source = common.load_dataset(task, args.dataset_path, args.generate_episodes)
+    with (
+        Run(args, __file__, task, source) as run,
+        common.Environments(task, len(args.seeds), args.eval_episodes, args.num_workers) as environments,
+    ):
+        init_seed = functools.partial(init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
+        step, states = run.restore(jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32)))
+        dataset, states = common.place(dataset, states)  # each has all data, and its share of the seeds
+        while step < args.num_updates:
             states, metrics = train(args, run.chunk, dataset, states)
             step += run.chunk
             run.log(step, metrics)
+            if step % run.eval_interval == 0:
+                policy = functools.partial(act, args, states)
+                scores = common.evaluate(policy, environments, args.seeds, step, args.eval_episodes, args.eval_seed)
+                run.log_scores(step, scores)
             run.save(step, states)
-    run.finish()
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Ours:
     def __init__(self, bench: Args, algo: str):
         self.bench, self.module, self.task = bench, common.load_algo(algo), common.load_task(bench.env_name)
         args = self.module.Args(env_name=bench.env_name, seeds=tuple(range(bench.num_seeds)))
-        self.args = common.resolve(args, self.task, self.module.PAPER)
+        self.args = common.resolve(args, self.task, self.module.PAPER_COLUMNS)
         obs, action, reward, mask, next_obs, _ = map(jnp.asarray, random_data(self.task.make_env()).values())
         self.dataset = common.Dataset(obs, action, reward, mask, next_obs, action)
         init = functools.partial(self.module.init, self.args, obs.shape[-1], action.shape[-1])
@@ -93,7 +93,7 @@ class Ours:
     def evaluate(self) -> float:
         workers, num_seeds = common.usable_cores(), self.bench.num_seeds
         slots = common.slots_per_seed(num_seeds, self.bench.eval_episodes, workers)
-        envs = common.Environments(self.task, slots * num_seeds, workers)
+        envs = common.Environments(self.task, num_seeds, self.bench.eval_episodes, workers)
         policy = functools.partial(self.module.act, self.args, self.states)
         for num_episodes in (slots, self.bench.eval_episodes):  # the first makes the environments and compiles
             begun = time.perf_counter()

@@ -23,7 +23,7 @@ import tyro
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common
-from run import append_rows, load_run, read_rows, rendering_backend
+from run import append_rows, load_run, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def main(args: Args):
     if not args.num_samples and not args.capture_video:
         raise common.Error("there is nothing to do: give --num-samples or --capture-video")
     if args.capture_video:
-        os.environ["MUJOCO_GL"] = rendering_backend()  # before anything imports MuJoCo, which reads it
+        os.environ["MUJOCO_GL"] = common.rendering_backend()  # before anything imports MuJoCo, which reads it
     module, run, step, states = load_run(args.folder)
     if step < run.num_updates:
         raise common.Error(f"{args.folder} is not finished: go on with it by --resume, then play")
@@ -81,13 +81,13 @@ def main(args: Args):
     if args.num_samples:
         path = args.folder / "num_samples.csv"
         done = {row["num_samples"] for row in read_rows(path)}
-        envs = common.Environments(task, slots * len(seeds), workers)
-        for n in [n for n in args.num_samples if str(n) not in done]:
-            policy = functools.partial(module.act, dataclasses.replace(run, num_samples=n), states)
-            scores = common.evaluate(policy, envs, seeds, step, run.eval_episodes, run.eval_seed).mean(axis=1)
-            rows = zip(seeds, scores)
-            append_rows(path, [{"step": step, "seed": s, "num_samples": n, "score": f"{x:.6g}"} for s, x in rows])
-            print(f"{n} samples: {scores.mean():.1f} +- {scores.std():.1f} {task.unit}", flush=True)
+        with common.Environments(task, len(seeds), run.eval_episodes, workers) as envs:
+            for n in [n for n in args.num_samples if str(n) not in done]:
+                policy = functools.partial(module.act, dataclasses.replace(run, num_samples=n), states)
+                scores = common.evaluate(policy, envs, seeds, step, run.eval_episodes, run.eval_seed).mean(axis=1)
+                rows = zip(seeds, scores)
+                append_rows(path, [{"step": step, "seed": s, "num_samples": n, "score": f"{x:.6g}"} for s, x in rows])
+                print(f"{n} samples: {scores.mean():.1f} +- {scores.std():.1f} {task.unit}", flush=True)
     if args.capture_video:  # the first seed's first episodes; the policy acts for all seeds
         policy = lambda obs, keys: module.act(run, states, *(np.repeat(x, len(seeds), axis=0) for x in (obs, keys)))[:1]
         warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once

@@ -23,7 +23,7 @@ from reproduce import Cell, Selection, expand
 from scipy.stats import bootstrap, trim_mean
 
 import common
-from run import identity, read_record, read_rows
+from run import identity, read_rows
 
 DATA = ("dataset_path", "generate_episodes")  # flags whose effect a table says by itself
 NORMS = ("table3", "figure3")  # these are of the gradients' mean norm, not of scores
@@ -40,7 +40,7 @@ Made of [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     """A row per table, task, column, seed and evaluation of the selected cells, as far as they have been run."""
-    runs = [(path.parent, read_record(path.parent)) for path in sorted(pathlib.Path("runs").rglob("args.json"))]
+    runs = [(path.parent, common.read_record(path.parent)) for path in sorted(pathlib.Path("runs").rglob("args.json"))]
     answers = [identity(record["algo"], types.SimpleNamespace(**record["args"])) for _, record in runs]
     paper = {cell[:3]: identity(cell.algo, cell.args) for cell in expand(selection, [])}
     parts = []

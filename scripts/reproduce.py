@@ -27,7 +27,7 @@ import tyro
 
 import adroit
 import common
-from run import identity, read_args, read_record, read_rows
+from run import identity, read_rows
 
 SEEDS = {"8": "111 222 333 444 555 666 777 888", "4": "11 22 33 44"}  # the paper's: 4 for its ablations
 NUM_SAMPLES = ("1", "2", "4", "8", "16", "32", "64", "128")  # each run of Table 4 is evaluated with all of these
@@ -111,7 +111,7 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
                 continue
             shared = [*sum(known.values(), []), "--env-name", task]
             both = [tyro.cli(module.Args, args=words) for words in (shared, shared + own)]
-            plain, args = (common.resolve(args, common.load_task(task), module.PAPER) for args in both)
+            plain, args = (common.resolve(args, common.load_task(task), module.PAPER_COLUMNS) for args in both)
             run = algo if args == plain else f"{algo}_{'='.join(own)[2:]}"  # alike where delta=0.1 is the paper's value
             run += "_4-seeds" * (seeds == "4" and "seeds" not in given)
             folder = pathlib.Path("runs", selection.name, task, run)
@@ -128,7 +128,7 @@ def look(cell: Cell) -> tuple[str, list[str]]:
     program, folder = f"{common.ROOT}/algos/{cell.algo}.py", str(cell.folder)
     if not (cell.folder / "args.json").exists():
         return "new", [program, *cell.flags, "--folder", folder]
-    taken, asked = read_args(read_record(cell.folder), type(cell.args)), cell.args
+    taken, asked = common.read_args(common.read_record(cell.folder), type(cell.args)), cell.args
     if identity(cell.algo, taken) != identity(cell.algo, asked) or taken.seeds != asked.seeds:
         raise common.Error(f"{folder}/args.json has other arguments than these: choose another --name")
     try:

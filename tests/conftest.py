@@ -37,7 +37,7 @@ def small_args(name, **changes):
     small = {"env_name": TASK, "hidden_dims": (24, 16), "batch_size": 32}
     small |= {"flow_steps": 3} if hasattr(load_algo(name).Args, "flow_steps") else {}
     args = load_algo(name).Args(**(small | changes))
-    return common.resolve(args, common.load_task(args.env_name), load_algo(name).PAPER)
+    return common.resolve(args, common.load_task(args.env_name), load_algo(name).PAPER_COLUMNS)
 
 
 def make_states(name, args, dataset):

@@ -141,7 +141,7 @@ def test_a_users_own_environment(tmp_path, monkeypatch):
     assert task.unit == "return" and task.score(-3.0, {}) == -3.0
     algo = load_algo("dmfql")
     with pytest.raises(common.Error, match=f"no values for {name}: give --num-updates --num-samples --alpha --delta"):
-        common.resolve(algo.Args(env_name=name, dataset_path=str(path)), task, algo.PAPER)
+        common.resolve(algo.Args(env_name=name, dataset_path=str(path)), task, algo.PAPER_COLUMNS)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,10 @@ class Here(common.Slots):
         super().__init__(task, list(range(num_slots)))
         self.num_slots = num_slots
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         pass
 
 
@@ -43,12 +46,11 @@ def watch(environments, seeds, num_episodes, act=random_act, update=7, eval_seed
 
 @pytest.mark.slow
 def test_the_numbers_do_not_depend_on_the_workers():
-    expected = watch(Here(PENDULUM, 4), (5, 6), 3)
-    for workers in (1, 3):
-        environments = common.Environments(PENDULUM, 4, workers)
-        for found, wanted in zip(watch(environments, (5, 6), 3), expected):
-            np.testing.assert_array_equal(found, wanted)
-        environments.close()
+    expected = watch(Here(PENDULUM, 6), (5, 6), 3)
+    for workers in (1, 4):
+        with common.Environments(PENDULUM, 2, 3, workers) as environments:
+            for found, wanted in zip(watch(environments, (5, 6), 3), expected):
+                np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("task, action_dim", [("antmaze-large-navigate", 8), ("Pendulum-v1", 1)])
@@ -183,7 +185,7 @@ class Faulty(gymnasium.Wrapper):
 def test_a_failing_environment_ends_the_evaluation_and_its_nan_is_not_hidden(how):
     start = int(np.random.SeedSequence((0, 8, 70, 1)).generate_state(1)[0])
     task = types.SimpleNamespace(make_env=functools.partial(Faulty, how, start), score=PENDULUM.score)
-    environments = common.Environments(task, 2, 1)
+    environments = common.Environments(task, 2, 1, 1)
     play = lambda: common.evaluate(lambda obs, keys: obs[..., :1], environments, (7, 8), 70, 3)
     if how == "killed":
         with pytest.raises(common.Error, match="evaluation failed: an environment's process ended"):

@@ -1,5 +1,6 @@
 """What goes wrong around a run, in this process: stops, full disks, folders, other code, seeds that diverge, flags."""
 
+import contextlib
 import errno
 import gc
 import importlib
@@ -38,7 +39,7 @@ def quick():
     act = lambda args, states, obs, keys: np.sin(obs[..., :1] * states["w"][:, :1, None] + np.asarray(keys)[..., :1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.Task, "make_env", lambda _: rescale(gymnasium.make("Pendulum-v1", max_episode_steps=5)))
-        patch.setattr(common, "Environments", Here)
+        patch.setattr(common, "Environments", lambda task, *counts: Here(task, counts[0] * counts[1]))
         for name, function in (("init", init), ("train", train), ("act", act)):
             patch.setattr(ALGO, name, function)
         yield
@@ -71,15 +72,19 @@ def small(data, tmp_path_factory):
 
 @pytest.fixture
 def begin(data, tmp_path, monkeypatch):
-    """Makes a Run in an empty folder, without an algorithm to train."""
+    """Begins a Run in an empty folder, without an algorithm to train."""
     monkeypatch.chdir(tmp_path)
+    with contextlib.ExitStack() as stack:
 
-    def begin(**flags):
-        record = run.Run(ALGO.Args(**PENDULUM | {"dataset_path": data} | flags), ALGO.__file__, ALGO.PAPER)
-        record.restore({"weight": np.zeros(2)})
-        return record
+        def begin(**flags):
+            args = ALGO.Args(**PENDULUM | {"dataset_path": data} | flags)
+            args, task = common.prepare(args, ALGO.__file__, ALGO.PAPER_COLUMNS)
+            source = common.load_dataset(task, args.dataset_path)[1]
+            record = stack.enter_context(run.Run(args, ALGO.__file__, task, source))
+            record.restore({"weight": np.zeros(2)})
+            return record
 
-    return begin
+        yield begin
 
 
 @pytest.fixture
@@ -292,7 +297,7 @@ def test_the_score_is_the_papers(begin, capsys):
     means = scores[7:].mean(axis=(0, 2))
     out = capsys.readouterr().out
     assert f"\nscore: {means.mean():.1f} +- {np.sqrt(((means - means.mean()) ** 2).mean()):.1f} % success\n" in out
-    assert "over 3 seed(s), each scored by the mean of its evaluations at 80, 90, 100 updates\n" in out
+    assert "over 3 seeds, each scored by the mean of its evaluations at 80, 90, 100 updates\n" in out
 
 
 def test_a_seed_that_diverges_is_marked_and_leaves_the_others_alone(small, begin, data, tmp_path, monkeypatch, capsys):
