@@ -13,10 +13,12 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from typing import Literal
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this checkout, whatever else is installed
@@ -91,40 +93,52 @@ Cell = collections.namedtuple("Cell", "table task column algo flags args folder"
 def expand(selection: Selection, flags: list[str]) -> list[Cell]:
     """The selected cells. `flags` go to every algorithm that has them. Raises Error if there is no such table, task or
     column, if no algorithm has one of the flags, or if a table sets it itself."""
+    rows = list(map(str.split, EXPERIMENTS.strip().splitlines()[1:]))
+    check("table", selection.targets, [row[0] for row in rows])
+    rows = [row for row in rows if row[0] in selection.targets]
+    check("task", selection.tasks, common.PAPER)
+    check(f"column in {' '.join(selection.targets)}", selection.algos, [row[1] for row in rows])
     field = lambda word: word.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
-    given, name, cells = {}, "", []
+    given, name, cells, there = {}, "", [], []
     for word in flags:  # {"hidden_dims": ["--hidden-dims", "16", "16"], "tanh": ["--no-tanh"]}
         if word.startswith("--"):
             name = field(word)
         given.setdefault(name, []).append(word)
-    unknown = {*selection.targets, *selection.tasks, *selection.algos, *given}
-    for table, column, algo, kind, seeds, *own in map(str.split, EXPERIMENTS.strip().splitlines()[1:]):
-        if table not in selection.targets or (selection.algos and column not in selection.algos):
+    for table, column, algo, kind, seeds, *own in rows:
+        if selection.algos and column not in selection.algos:
             continue
         module = common.load_algo(algo)
-        if taken := {"env_name", "folder", "resume", *map(field, own)} & given.keys():
-            raise common.Error(f"{table} sets {', '.join(sorted(taken))} itself: leave it out after --")
+        if own_flags := {"env_name", "folder", "resume", *map(field, own)} & given.keys():
+            raise common.Error(f"{table} sets {', '.join(sorted(own_flags))} itself: leave it out after --")
+        there += module.Args.__annotations__
         known = {"seeds": ["--seeds", *SEEDS[seeds].split()]}
         known |= {name: words for name, words in given.items() if hasattr(module.Args, name)}
         for task in selection.tasks or common.PAPER:
-            if kind not in ("all", "adroit" if task in adroit.TASKS else "ogbench") or task not in common.PAPER:
+            if kind not in ("all", "adroit" if task in adroit.TASKS else "ogbench"):
                 continue
             shared = [*sum(known.values(), []), "--env-name", task]
             both = [tyro.cli(module.Args, args=words) for words in (shared, shared + own)]
             plain, args = (common.resolve(args, common.load_task(task), module.PAPER_COLUMNS) for args in both)
             run = algo if args == plain else f"{algo}_{'='.join(own)[2:]}"  # alike where delta=0.1 is the paper's value
-            run += "_4-seeds" * (seeds == "4" and "seeds" not in given)
+            if seeds == "4" and "seeds" not in given:
+                run += "_4-seeds"
             folder = pathlib.Path("runs", selection.name, task, run)
             cells.append(Cell(table, task, column, algo, shared + own, args, folder))
-            unknown -= {table, task, column, *known}
-    if unknown:
-        raise common.Error(f"nothing that was selected has {', '.join(sorted(unknown))}: see EXPERIMENTS in {__file__}")
+    if not cells:
+        raise common.Error(f"no cell is selected: see which tables have which tasks, at EXPERIMENTS in {__file__}")
+    check("flag", given, there)
     return cells
 
 
-def look(cell: Cell) -> tuple[str, list[str]]:
-    """Where a run stands ("new", "running", "40 % done", "finished"), and the program with its arguments that brings it
-    on, if any can. Raises Error if its folder holds a run with other arguments."""
+def check(kind: str, given: Collection[str], there: Collection[str]):
+    """Raises Error if one of the names that were given is not there."""
+    if unknown := [name for name in given if name not in there]:
+        raise common.Error(f"there is no {kind} {unknown[0]}: there are {' '.join(dict.fromkeys(there))}")
+
+
+def progress(cell: Cell) -> tuple[str, list[str]]:
+    """Where a run stands ("new", "running", "40 % done", "finished"), and the command that goes on with it, if any.
+    Raises Error if its folder holds a run with other arguments."""
     program, folder = f"{common.ROOT}/algos/{cell.algo}.py", str(cell.folder)
     if not (cell.folder / "args.json").exists():
         return "new", [program, *cell.flags, "--folder", folder]
@@ -162,6 +176,8 @@ class Job(submitit.helpers.Checkpointable):
 
 def submit(cells: list[Cell], args: Args, flags: list[str]):
     """Gives SLURM a job for each cell, and leaves."""
+    if shutil.which("srun") is None:
+        raise common.Error("--cluster slurm: there is no SLURM on this machine (srun is not found): leave it out")
     executor = submitit.AutoExecutor("runs/.jobs", cluster="slurm", slurm_max_num_timeout=10**6)
     executor.update_parameters(timeout_min=60 * args.hours, cpus_per_task=args.cpus, gpus_per_node=args.gpus)
     executor.update_parameters(slurm_additional_parameters=dict(option.split("=", 1) for option in args.slurm))
@@ -177,15 +193,15 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
     shares = [[visible[k % len(visible)] for k in range(i * gpus, (i + 1) * gpus)] for i in range(jobs)]
     stop = threading.Event()
 
-    def bring(cell: Cell) -> bool:
-        """Brings a run to its end, and returns whether it failed."""
+    def finish(cell: Cell) -> bool:
+        """Runs a cell to its end, and returns whether it failed."""
         if stop.is_set():
             return False
         share, log, code = shares.pop(), pathlib.Path(f"{cell.folder}.log"), 0
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(share)} if gpus else {})
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as out:
-            while not code and (command := look(cell)[1]):
+            while not code and (command := progress(cell)[1]):
                 print(f"start      {cell.folder}", flush=True)
                 # In a process group of its own, it gets the SIGINT from here alone. A second one would end it unsaved.
                 process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, env=env, process_group=0)
@@ -194,10 +210,11 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
                         process.send_signal(signal.SIGINT)
                         process.wait()
         shares.append(share)
-        state, lines = look(cell)[0], log.read_text().splitlines()
+        state, lines = progress(cell)[0], log.read_text().splitlines()
         lines = [line for line in lines if line[:1].strip() and "%|" not in line]  # but for details and progress bars
         failed = state not in ("finished", "running") and not stop.is_set()
-        print(f"{f'FAILED {code}' if failed else state:11}{cell.folder} ", *lines[-1:], flush=True)
+        said = [] if state == "running" else lines[-1:]  # by another reproduce.py that was quicker to start it
+        print(f"{f'FAILED {code}' if failed else state:11}{cell.folder} ", *said, flush=True)
         return failed
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -205,7 +222,7 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
             signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # when a job's time is up, SLURM sends it to all that runs in it
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        failed = sum(pool.map(bring, cells))
+        failed = sum(pool.map(finish, cells))
     if stop.is_set():
         sys.exit(128 + signal.SIGINT)
     if failed:
@@ -214,7 +231,8 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
 
 def main(args: Args, flags: list[str]):
     """Tells what there is to run, and runs it."""
-    runs = {cell.folder: (cell, *look(cell)) for cell in expand(args, flags)}
+    common.check_numbers(args)
+    runs = {cell.folder: (cell, *progress(cell)) for cell in expand(args, flags)}
     todo = [cell for cell, _, command in runs.values() if command]
     print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
     if args.dry_run:
