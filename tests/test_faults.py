@@ -13,6 +13,7 @@ import sys
 import types
 
 import evaluate
+import filelock
 import gymnasium
 import jax
 import numpy as np
@@ -194,6 +195,39 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(name, where, go_on, 
     go_on(SystemExit, str(128 + number), mend)
 
 
+def test_an_exception_leaves_nothing_held_and_the_run_goes_on(data, small, handlers, tmp_path, monkeypatch):
+    """As in a search that catches what a trial raises. The scores are those of the run that was never stopped."""
+    monkeypatch.chdir(tmp_path)
+    evaluate, count = common.evaluate, iter(range(100))
+
+    def fail(*args):
+        if next(count) == 3:
+            raise common.Error("no more")
+        return evaluate(*args)
+
+    monkeypatch.setattr(common, "evaluate", fail)
+    try:
+        ALGO.main(ALGO.Args(dataset_path=data, **PENDULUM))
+    except Exception as error:
+        assert str(error) == "error: no more"
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    with filelock.FileLock("run/.lock", timeout=0):
+        pass
+    scores = ALGO.main(ALGO.Args(resume="run"))
+    last = run.read_rows(small / "eval.csv")[-2:]
+    np.testing.assert_allclose(scores, [float(row["score"]) for row in last], rtol=1e-5)
+
+
+def test_a_checkpoint_is_written_every_ten_minutes(begin, monkeypatch):
+    minutes, path = [0.0], common.pathlib.Path("run/checkpoint.msgpack")
+    monkeypatch.setattr(run.time, "monotonic", lambda: 60 * minutes[0])
+    record, saved = begin(num_updates=100), []
+    for step, minutes[0] in zip(range(1, 9), (5, 9, 11, 12, 20, 22, 31, 33)):  # the first evaluation is at 10
+        record.save(step, {"weight": np.zeros(2)})
+        saved.append(run.read_checkpoint(path.parent, {"weight": np.zeros(2)})[0])
+    assert saved == [0, 0, 3, 3, 3, 6, 6, 8]
+
+
 def test_a_run_that_shall_outlive_its_terminal_does(begin):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup does this
     begin()
@@ -255,6 +289,17 @@ def test_resume_refuses_what_is_not_its_own(small, tmp_path):
         with pytest.raises(common.Error, match=sentence.replace("+", r"\+")):
             resume(folder)
         shutil.rmtree(folder)
+
+
+def test_a_run_goes_on_where_its_data_have_moved(data, begin, small, tmp_path):
+    folder, moved = copy_of(small, tmp_path), tmp_path / "moved.npz"
+    shutil.copy(data, moved)
+    resume(folder, dataset_path=str(moved))
+    record = json.loads((folder / "args.json").read_text())
+    assert record["args"]["dataset_path"] == record["data"]["path"] == str(moved)
+    np.savez(moved, **dict(np.load(data)) | {"extra": 0})
+    with pytest.raises(common.Error, match="moved.npz is not what .* was trained on"):
+        resume(folder)
 
 
 def test_a_damaged_record_is_named(small, tmp_path):
@@ -319,6 +364,10 @@ def test_a_seed_that_diverges_is_marked_and_leaves_the_others_alone(small, begin
             assert old["diverged"] == "0" and new["diverged"] == str(int(late))
             assert new == old or new["seed"] == "6"
             assert not late or name == "train.csv" or new["score"] == "nan" != old["score"]
+    record = begin(folder="finite")
+    record.log(2, {"q": np.array([np.nan, 1.0])})
+    record.log_scores(2, np.ones((2, 2)))  # a policy may act all the same
+    assert [row["score"] for row in run.read_rows(record.folder / "eval.csv")] == ["nan", "1"]
     record = begin(folder="other")
     sentence = r"every seed diverged by update 4 \(see other/train.csv\): lower --learning-rate"
     with pytest.raises(common.Error, match=sentence):
