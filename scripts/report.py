@@ -48,7 +48,7 @@ Made of [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
   scores more than one of its baseline. [Brackets] hold 95 % confidence intervals by a stratified bootstrap over seeds.
 - "paper" is the paper's number, of its full size: published data, 8 seeds (4 in Table 4).
 - "authors" are the curves of their runs, also in the pictures: at the same update, the mean [min, max] of 8 seeds (4 in
-  Figures 6 to 8). There, ours is the one evaluation at that update."""
+  Figure 6). There, ours is the one evaluation at that update."""
 
 
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
