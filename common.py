@@ -50,29 +50,29 @@ class Error(SystemExit, Exception):
 
 # ------------------------------------------------------------------------------------------------------------ tasks
 # The paper's Table 5 (delta, num_samples and alpha_critic of its IQL-based and Q-learning-based algorithms), and what
-# its other columns were run with: FQL's own alpha, q_agg and discount (Park et al., 2025c); MFQL-BPTT's alpha, which is
-# FQL's over the IQL delta; the temperature of AWR; ReBRAC's coefficients. docs/algorithms.md says where each is from.
+# its other columns were run with: FQL's own alpha, q_agg and discount (Park et al., 2025c); ETrigFlow's and MFQL-BPTT's
+# alpha, which is FQL's over the authors' IQL delta; AWR's alpha; ReBRAC's. docs/algorithms.md says where each is from.
 # fmt: off
 COLUMNS = ("iql_delta", "iql_num_samples", "ql_delta", "ql_num_samples", "alpha_critic", "alpha", "q_agg", "discount",
-           "bptt_alpha", "awr_alpha", "rebrac_alpha_actor", "rebrac_alpha_critic")
+           "alpha_over_delta", "awr_alpha", "rebrac_alpha_actor", "rebrac_alpha_critic")
 TABLE = {
-    #                                IQL:     n    QL:   n            FQL:                    BPTT:  AWR:  ReBRAC:
-    #                                delta       delta       a_critic alpha  q_agg  discount  alpha  alpha  actor critic
-    "antmaze-large-navigate":       (  0.1,   4,   0.03,   4,  0.01,     10, "min",  0.99,     100,  10,  0.003, 0.01),
-    "humanoidmaze-medium-navigate": (  0.1,  32,    0.1,  32,  0.01,     30, "mean", 0.995,    300,  10,  0.01,  0.01),
-    "humanoidmaze-large-navigate":  ( 0.03,   8,   0.03,  16,  0.001,    30, "mean", 0.995,   1000,  10,  0.01,  0.01),
-    "antsoccer-arena-navigate":     (  0.1,  16,    0.1,  16,  0.1,      10, "mean", 0.995,    100,   1,  0.01,  0.01),
+    #                                IQL:     n    QL:   n            FQL:                    alpha/  AWR: ReBRAC:
+    #                                delta       delta       a_critic alpha  q_agg  discount    delta alpha actor critic
+    "antmaze-large-navigate":       (  0.1,   4,   0.03,   4,  0.01,     10, "min",  0.99,     333,  10,  0.003, 0.01),
+    "humanoidmaze-medium-navigate": (  0.1,  32,    0.1,  32,  0.01,     30, "mean", 0.995,     300,  10,  0.01,  0.01),
+    "humanoidmaze-large-navigate":  ( 0.03,   8,   0.03,  16,  0.001,    30, "mean", 0.995,    1000,  10,  0.01,  0.01),
+    "antsoccer-arena-navigate":     (  0.1,  16,    0.1,  16,  0.1,      10, "mean", 0.995,     100,   1,  0.01,  0.01),
     "cube-single-play":             ( 0.03,  32,   0.03,   2,  0.01,    300, "mean", 0.99,   10000,   1,  1,     0),
     "cube-double-play":             (  0.1,  16,   0.03,   4,  0.1,     300, "mean", 0.99,    3000, 0.3,  0.1,   0),
     "scene-play":                   (  0.1,  32,    0.1,   4,  0.01,    300, "mean", 0.99,    3000,  10,  0.1,   0.01),
     "puzzle-3x3-play":              ( 0.03,   4,   0.03,   2,  0.01,   1000, "mean", 0.99,   33333,  10,  0.3,   0.01),
     "puzzle-4x4-play":              ( 0.03,  64,   0.03,   4,  0.01,   1000, "mean", 0.99,   33333,   3,  0.3,   0.01),
-    "pen-human-v1":                 (0.001,   8, 0.0003,   4,  0.5,   10000, "min",  0.99,   10000, 0.5,  0.1,   0.5),
-    "pen-cloned-v1":                (0.001,  16, 0.0003,  32,  0.5,   10000, "min",  0.99,   10000, 0.5,  0.05,  0.5),
-    "pen-expert-v1":                (0.001,  64, 0.0003,  32,  0.01,   3000, "min",  0.99,    3000, 0.5,  0.01,  0.01),
-    "door-expert-v1":               (0.003,   2,  0.003,  16,  0.01,  30000, "min",  0.99,   30000, 0.5,  0.05,  0.01),
-    "hammer-expert-v1":             (0.003,   2,  0.003,   4,  0.01,  30000, "min",  0.99,   30000, 0.5,  0.01,  0.01),
-    "relocate-expert-v1":           (0.003,   2, 0.0003,   4,  0.01,  30000, "min",  0.99,   30000, 0.5,  0.05,  0.01),
+    "pen-human-v1":                 (0.001,   8, 0.0003,   4,  0.5,   10000, "min",  0.99,   10**7, 0.5,  0.1,   0.5),
+    "pen-cloned-v1":                (0.001,  16, 0.0003,  32,  0.5,   10000, "min",  0.99,   10**7, 0.5,  0.05,  0.5),
+    "pen-expert-v1":                (0.001,  64, 0.0003,  32,  0.01,   3000, "min",  0.99, 3000000, 0.5,  0.01,  0.01),
+    "door-expert-v1":               (0.003,   2,  0.003,  16,  0.01,  30000, "min",  0.99,   10**7, 0.5,  0.05,  0.01),
+    "hammer-expert-v1":             (0.003,   2,  0.003,   4,  0.01,  30000, "min",  0.99,   10**7, 0.5,  0.01,  0.01),
+    "relocate-expert-v1":           (0.003,   2, 0.0003,   4,  0.01,  30000, "min",  0.99,   10**7, 0.5,  0.05,  0.01),
 }
 # fmt: on
 PAPER = {task: dict(zip(COLUMNS, row, strict=True)) for task, row in TABLE.items()}

@@ -8,6 +8,7 @@
     acts by  the best by min Q of num_samples policy actions
 
 Q are two critics, Q' their targets, min and mean are over the two; t runs from noise (pi / 2) to data (0).
+The paper's alpha is FQL's / IQL's delta here: the authors' code has FQL's, and multiplies Q by that delta instead.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ import common
 from run import Run
 
 # flag: the column of the paper's values (common.PAPER) that is used when the flag is None
-PAPER_COLUMNS = {"num_samples": "iql_num_samples", "alpha": "alpha"}
+PAPER_COLUMNS = {"num_samples": "iql_num_samples", "alpha": "alpha_over_delta"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@
     acts by  the best by min Q of num_samples policy actions
 
 Q are two critics, Q' their targets, min and mean are over the two; t runs from noise (1) to data (0).
+The paper's alpha is FQL's / IQL's delta here: the authors' code has FQL's, and multiplies Q by that delta instead.
 
 Back-propagation through time keeps every layer of every flow step: the memory of an update grows with flow_steps, and
 the policy is called backward flow_steps times more than in mfql.py.
@@ -30,7 +31,7 @@ import common
 from run import Run
 
 # flag: the column of the paper's values (common.PAPER) that is used when the flag is None
-PAPER_COLUMNS = {"num_samples": "ql_num_samples", "alpha": "bptt_alpha"}
+PAPER_COLUMNS = {"num_samples": "ql_num_samples", "alpha": "alpha_over_delta"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tables and curves of what has been run, beside the paper's numbers.
+"""Tables and curves of what has been run, beside the paper's numbers and the authors' curves.
 
     python scripts/report.py table2 --tasks cube-single-play --name small -- --num-updates 20000 --seeds 1 2
     python scripts/report.py --name small   # once more, from results/small/runs.csv alone
@@ -11,31 +11,44 @@ import itertools
 import pathlib
 import re
 import sys
+import textwrap
 import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this checkout, whatever else is installed
+
+import matplotlib
+
+matplotlib.use("agg")  # it only writes files, also where a notebook has set another backend
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.ticker import EngFormatter
 from reproduce import Cell, Selection, expand
 from scipy.stats import bootstrap, trim_mean
 
 import common
 from run import identity, read_rows
 
+RESULTS = common.ROOT / "results"
+PRINTED = {row[:3]: row[3:] for row in pd.read_csv(RESULTS / "paper.csv").itertuples(index=False)}  # (mean, std)
+AUTHORS = pd.read_csv(RESULTS / "authors.csv")
 DATA = ("dataset_path", "generate_episodes")  # flags whose effect a table says by itself
+CURVE = ["mean", "min", "max"]  # columns of AUTHORS
+plt.rcParams.update({"axes.titlesize": "medium", "figure.titlesize": "medium"})  # 10 points, 800 pixels wide
 NORMS = ("table3", "figure3")  # these are of the gradients' mean norm, not of scores
 TEXT = """# Results: {name}
 
 Made of [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 
 - A seed's score is the mean of its evaluations at 80, 90 and 100 % of the run; on Adroit, the last one. The tables show
-  mean ± standard deviation over seeds.
+  mean ± standard deviation over seeds, and of several tasks mean (sum).
 - IQM is the mean of the middle half of all seeds' scores. P(better) is the probability that a seed of a **D-** file
   scores more than one of its baseline. [Brackets] hold 95 % confidence intervals by a stratified bootstrap over seeds.
-- "paper" is the paper's number, of its full size: published data, 8 seeds (4 in Table 4)."""
+- "paper" is the paper's number, of its full size: published data, 8 seeds (4 in Table 4).
+- "authors" are the curves of their runs, also in the pictures: at the same update, the mean [min, max] of 8 seeds (4 in
+  Figure 6). There, ours is the one evaluation at that update."""
 
 
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
@@ -46,37 +59,49 @@ def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     parts = []
     for cell in expand(selection, flags):
         asked, usual = identity(cell.algo, cell.args), paper[cell[:3]]
-        changed = [re.sub(r"[\[,\]]", "", f"{k} {v}") for k, v in asked.items() if v != usual[k] and k not in DATA]
-        found = [read_run(cell, *run) for run, answer in zip(runs, answers) if answer == asked]
-        seeds = [(seed, rows.assign(changed=", ".join(changed))) for run in found for seed, rows in run.groupby("seed")]
-        furthest = dict(sorted(seeds, key=lambda pair: len(pair[1])))  # keeps the longest of a seed's runs
+        changed = {key: value for key, value in asked.items() if value != usual[key] and key not in DATA}
+        free = {}  # to differ from what is asked
+        if changed.keys() <= {"num_updates"} and asked["num_updates"] <= usual["num_updates"]:
+            # Nothing depends on how long a run will be: one with fewer updates is the beginning of the paper's.
+            changed, free = {}, {"num_updates": usual["num_updates"]}
+        asked |= free
+        told = ", ".join(re.sub(r"[\[,\]]", "", f"{key} {value}") for key, value in changed.items())
+        found = [read_run(cell, asked["num_updates"], *r) for r, answer in zip(runs, answers) if answer | free == asked]
+        seeds = [(seed, rows.assign(changed=told)) for run in found for seed, rows in run.groupby("seed")]
+        furthest = dict(sorted(seeds, key=lambda pair: (pair[1].step.max(), len(pair[1]))))  # the last one is kept
         parts += [furthest[seed] for seed in cell.args.seeds if seed in furthest]
     if not parts:
         raise common.Error("none of these cells has been run: scripts/reproduce.py with the same arguments does")
     return pd.concat(parts)
 
 
-def read_run(cell: Cell, folder: pathlib.Path, record: dict) -> pd.DataFrame:
-    """The evaluations of a run that fills a cell, a row per seed and step."""
+def read_run(cell: Cell, end: int, folder: pathlib.Path, record: dict) -> pd.DataFrame:
+    """The evaluations of a run that fills a cell of `end` updates, a row per seed and step."""
     read = lambda name, *more: pd.DataFrame(read_rows(folder / name), columns=["seed", "step", *more]).astype(float)
-    task, end, column = common.load_task(cell.task), cell.args.num_updates, cell.column
-    unit, first = task.unit, task.scored_from * end
-    rows, train = read("eval.csv", "score"), read("train.csv", "diverged", "q_grad_norm")
+    task, column, tenths = common.load_task(cell.task), cell.column, np.arange(1, 11) * (end // 10)
+    unit, rows, train = task.unit, read("eval.csv", "score"), read("train.csv", "diverged", "q_grad_norm")
+    first = task.scored_from * end  # evaluation that counts towards the seed's score
+    if cell.table in NORMS:  # also at the updates of the authors' curve, by the chunks around it
+        unit, first, parts = "mean gradient norm", 0, [rows[:0]]
+        for seed, chunks in train.groupby("seed"):
+            steps = np.union1d(tenths, AUTHORS.step[AUTHORS.table == cell.table])
+            steps = steps[steps <= chunks.step.max()]
+            centres = chunks.step - (chunks.step.min() - 1) / 2
+            norms = np.interp(steps, centres, chunks.q_grad_norm)
+            parts.append(pd.DataFrame({"seed": seed, "step": steps, "score": norms}))
+        rows = pd.concat(parts, ignore_index=True)
     diverged = train[train.diverged == 1].groupby("seed").step.min()
     if cell.table == "table4":
         rows = read("num_samples.csv", "num_samples", "score")
         column = [f"num_samples={number:.0f}" for number in rows.num_samples]
-    else:  # a run whose seeds have all diverged has ended: their score is nan
-        lost = pd.DataFrame({"seed": diverged.index, "step": float(end), "score": np.nan})
-        rows = pd.concat([rows, lost], ignore_index=True).drop_duplicates(["seed", "step"], ignore_index=True)
-    if cell.table in NORMS:  # the mean over the tenth of the run before each evaluation
-        tenths = np.ceil(train.step / (end // 10)) * (end // 10)
-        rows["score"] = rows.join(train.groupby(["seed", tenths]).q_grad_norm.mean(), ["seed", "step"]).q_grad_norm
-        unit, first = "mean gradient norm", 0
+    else:  # a run whose seeds have all diverged has ended: they score nan from there on
+        lost = [(seed, step, np.nan) for seed, first in diverged.items() for step in tenths[tenths >= first]]
+        rows = pd.concat([rows, pd.DataFrame(lost, columns=["seed", "step", "score"])], ignore_index=True)
+        rows = rows.drop_duplicates(["seed", "step"], ignore_index=True)
     row = {"table": cell.table, "task": cell.task, "column": column, "algorithm": cell.algo}
     row |= {"seed": rows.seed.astype(int), "step": rows.step.astype(int)}
     row |= {"score": rows.score.mask(rows.step >= rows.seed.map(diverged)), "unit": unit}
-    row |= {"counts": rows.step >= first, "num_updates": end}  # counts: towards the seed's score
+    row |= {"counts": rows.step >= first, "num_updates": end}
     data, codes = record["data"], [record, *record.get("resumed", [])]
     row |= {"data": f"{data['source']} data ({data['transitions']:,} transitions)", "sha256": data["sha256"][:16]}
     row |= {"device": record["device"], "versions": " ".join(f"{k}={v}" for k, v in record["versions"].items())}
@@ -114,26 +139,37 @@ def estimate(statistic, scores: list[np.ndarray], digits: int) -> str:
 
 
 def label(rows: pd.DataFrame) -> str:
-    """What sets results apart from the paper's: other settings and other data."""
-    changed = ", ".join(dict.fromkeys(", ".join(rows.changed.dropna().unique()).split(", ")))
-    return f"{f'REDUCED: {changed}' if changed else 'Full size'}; on {' or '.join(rows.data.unique())}"
+    """What sets results apart from the paper's: other settings, fewer updates, other data."""
+    if changed := ", ".join(dict.fromkeys(", ".join(rows.changed.dropna().unique()).split(", "))):
+        size = f"REDUCED: {changed}"
+    else:
+        updates = rows.groupby(["task", "column"]).step.max().agg(["min", "max"]).unique()
+        size = f"Full size: {' to '.join(f'{n:,}' for n in updates)} of {rows.num_updates.iloc[0]:,} updates"
+    return f"{size}; on {' or '.join(rows.data.unique())}"
 
 
 def show(scores: list[np.ndarray], digits: int) -> str:
-    """Of a task, mean and standard deviation (ddof 0) over seeds; of several, the mean. One that diverged is told."""
+    """Of a task, mean ± standard deviation (ddof 0) over seeds; of several, mean (sum). One that diverged is told."""
     if lost := sum(np.isnan(x).sum() for x in scores):
         return f"nan ({lost} of {sum(map(len, scores))} diverged)"
-    mean = f"{np.mean([x.mean() for x in scores]):.{digits}f}"
-    return mean if len(scores) > 1 or len(scores[0]) == 1 else f"{mean} ± {scores[0].std():.{digits}f}"
+    means = [x.mean() for x in scores]
+    spread = f" ({sum(means):.{digits}f})" if len(scores) > 1 else f" ± {scores[0].std():.{digits}f}"
+    return f"{np.mean(means):.{digits}f}" + spread * (len(scores) > 1 or len(scores[0]) > 1)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table: its header and its rows."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
 
 
 def score_table(table: str, rows: pd.DataFrame) -> str:
     """A row per task and column of the paper's table; above these, if there are several tasks, a row of all tasks."""
-    paper = {row[:3]: row[3:] for row in pd.read_csv(common.ROOT / "results" / "paper.csv").itertuples(index=False)}
     scores, columns, tasks = final_scores(rows), list(rows.column.unique()), list(rows.task.unique())
     digits = 2 if table in NORMS else 1
-    lines = [["task", "algorithm", "seeds", rows.unit.iloc[0], "IQM [95 %]", "P(better) [95 %]", "paper"], ["---"] * 7]
-    for group, c in itertools.product([tasks] * (len(tasks) > 1) + [[task] for task in tasks], columns):
+    lines = [["task", "algorithm", "seeds", rows.unit.iloc[0], "IQM [95 %]", "P(better) [95 %]", "paper"]]
+    for group, c in itertools.product(
+        [tasks] * (len(tasks) > 1 and table not in NORMS) + [[task] for task in tasks], columns
+    ):
         baseline = c[1:] if c[0] == "d" else None
         ours, base = ([scores[t, name] for t in group if (t, name) in scores] for name in (c, baseline))
         task = f"all {len(group)} tasks" if len(group) > 1 else group[0]
@@ -143,33 +179,63 @@ def score_table(table: str, rows: pd.DataFrame) -> str:
             line[3], line[4] = show(ours, digits), estimate(iqm, ours, digits)
             if len(base) == len(group):
                 line[5] = estimate(improvement, ours + base, 2)
-        theirs = [paper.get((table, t, c), paper.get((table, t, f"{c}*"))) for t in group]  # *: not of its own runs
+        theirs = [PRINTED.get((table, t, c), PRINTED.get((table, t, f"{c}*"))) for t in group]  # *: not of its own runs
         if all(theirs):
-            mean, std = np.mean(theirs, axis=0)
-            line[6] = f"{mean:.{digits}f}" if len(group) > 1 or np.isnan(std) else f"{mean:g} ± {std:g}"
+            mean, std = np.transpose(theirs)
+            known = len(group) == 1 and std[0] >= 0
+            line[6] = f"{mean[0]:g} ± {std[0]:g}" if known else show([*mean[:, None]], digits)
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
+
+
+def curve_table(table: str, rows: pd.DataFrame) -> str:
+    """Ours beside the authors' at each 100,000 updates, and at those up to 10,000 that their curves have."""
+    digits = 2 if table in NORMS else 1
+    lines = [["task", "algorithm", "updates", "seeds", rows.unit.iloc[0], "authors [min, max]"]]
+    for (task, column, step), seeds in rows.groupby(["task", "column", "step"], sort=False):
+        mean, low, high = seeds[CURVE].iloc[0]
+        if step % 100_000 == 0 or (step <= 10_000 and mean >= 0):
+            line = [task, column, f"{step:,}", str(len(seeds)), show([seeds.score.to_numpy()], digits)]
+            theirs = f"{mean:.{digits}f} [{round(low, digits):g}, {round(high, digits):g}]"
+            lines.append([*line, theirs if mean >= 0 else ""])
+    return markdown(lines)
 
 
 def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
-    """Curves over training: a row of panels per task, a panel for each D- file with its baseline and one for others."""
-    tasks, columns = rows.task.unique(), list(rows.column.unique())
+    """Curves over training: of each task, a panel for each D- file with its baseline and one for the others. Behind our
+    mean over seeds are the authors' mean, min and max or, where there are none to compare, our standard deviation."""
+    columns = list(rows.column.unique())
     pairs = [[c, f"d{c}"] for c in columns if f"d{c}" in columns]
-    groups = [group for group in (*pairs, [c for c in columns if c not in sum(pairs, [])]) if group]
-    size = 4 * len(groups) + 3, 3 * len(tasks) + 1
-    fig, axes = plt.subplots(len(tasks), len(groups), figsize=size, squeeze=False, layout="constrained", sharey="row")
-    for axis, (task, group) in zip(axes.flat, itertools.product(tasks, groups)):
-        for column in group:
-            seeds = rows[(rows.task == task) & (rows.column == column)].pivot(index="step", columns="seed")["score"]
-            mean, std = seeds.mean(axis=1, skipna=False), seeds.std(axis=1, ddof=0, skipna=False)
-            x = seeds.index / 1000
-            axis.plot(x, mean, "--" if f"d{column}" in group else "-", label=f"{column}, {seeds.shape[1]} seed(s)")
-            axis.fill_between(x, mean - std, mean + std, alpha=0.2)
-        axis.set(title=task, xlabel="thousand updates", ylabel=rows.unit.iloc[0])
+    groups = [*pairs, [c for c in columns if c not in sum(pairs, [])]]
+    panels = [rows[(rows.task == task) & rows.column.isin(group)] for task in rows.task.unique() for group in groups]
+    panels, lines = [panel for panel in panels if len(panel)], []
+    seeds = [panel.groupby("column").seed.nunique().max() for panel in panels]
+    for _, alike in itertools.groupby(range(len(panels)), seeds.__getitem__):  # side by side are those of as many seeds
+        alike = list(alike)
+        lines += [(alike[i : i + 2] * 2)[:2] for i in range(0, len(alike), 2)]
+    fig = plt.figure(figsize=(8, 3.3 * len(lines) + 0.6), layout="constrained")
+    for i, axis in fig.subplot_mosaic(lines).items():
+        for color, (column, part) in enumerate(panels[i].groupby("column", sort=False)):
+            style, band = {"color": f"C{color}"}, part[part.changed.isna()].groupby("step")[CURVE].first().dropna()
+            scores = part.pivot(index="step", columns="seed", values="score")
+            mean, std = scores.mean(axis=1, skipna=False), scores.std(axis=1, ddof=0, skipna=False)
+            name = f"{column}, {scores.shape[1]} seed{'s' * (scores.shape[1] > 1)}"
+            axis.plot(mean, ".--" if f"d{column}" in columns else ".-", label=name, **style)
+            if len(band):
+                axis.plot(band["mean"], "_:", label="authors [min, max]", **style)
+                axis.vlines(band.index, band["min"], band["max"], alpha=0.5, **style)
+            else:
+                band = pd.DataFrame({"min": mean - std, "max": mean + std})
+            axis.fill_between(band.index, band["min"], band["max"], alpha=0.2, **style)
+        names = panels[i].column.unique()
+        axis.set_title(f"{panels[i].task.iloc[0]}\n{' and '.join(names)}" if len(names) < 3 else panels[i].task.iloc[0])
+        axis.set(xlabel="updates", ylabel=rows.unit.iloc[0])
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
         axis.set_ylim((0, 100) if rows.unit.iloc[0] == "% success" else None)
-        axis.legend(fontsize=8)
-    fig.suptitle(f"{title}: mean over seeds, band ± 1 standard deviation. {label(rows)}", fontsize=9, wrap=True)
-    fig.savefig(path, dpi=120)
+        axis.legend()
+    fig.suptitle(textwrap.fill(f"{title}, mean (± standard deviation) over seeds. {label(rows)}", 100))
+    fig.savefig(path, dpi=200)
+    plt.close(fig)
 
 
 def main(args: Selection, flags: list[str]):
@@ -182,15 +248,21 @@ def main(args: Selection, flags: list[str]):
     elif not (folder / "runs.csv").exists():
         raise common.Error(f"there is no {folder}/runs.csv: name the tables to collect, like table1, or another --name")
     rows, texts = pd.read_csv(folder / "runs.csv"), [TEXT.format(name=args.name)]
+    rows = rows.merge(AUTHORS, "left", ["table", "task", "column", "step"])
     for (table, unit), part in rows.groupby(["table", "unit"], sort=False):
         title = f"{table[:-1].capitalize()} {table[-1]}, {unit}"
         title += f" of {part.algorithm.iloc[0]}" * (part.algorithm.nunique() == 1)
-        texts += [f"## {title}", label(part), score_table(table, part)]
-        if table != "table4":  # which has no curves
-            picture = f"{table}-{unit.split()[-1]}.png"
-            draw(title, part, folder / picture)
-            texts.append(f"![{title}]({picture})")
-    (folder / "README.md").write_text("\n\n".join(texts) + "\n")
+        texts += [f"## {title}", label(part)]
+        if part.changed.notna().any() or final_scores(part):
+            texts.append(score_table(table, part))
+        if table == "table4":  # which has no curves
+            continue
+        if len(full := part[part.changed.isna()]):
+            texts.append(curve_table(table, full))
+        picture = f"{table}-{unit.split()[-1]}.png"
+        draw(title, part, folder / picture)
+        texts.append(f"![{title}]({picture})")
+    (folder / "README.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     print(f"written: {folder}/README.md")
 
 
