@@ -78,7 +78,7 @@ def test_every_flag_is_the_papers(name):
         expected |= {"tanh": TANH[name]} if name in TANH else {}
         assert {flag: flags[flag] for flag in expected} == expected
         assert resolved(name, task, discount=0.5)["discount"] == 0.5  # what is given, is taken
-        assert name not in TAKES or flags.keys() - expected.keys() == run.ABOUT | {
+        assert name not in TAKES or flags.keys() - expected.keys() == run.BOOKKEEPING | {
             "dataset_path",
             "generate_episodes",
         }  # no flag escapes
