@@ -186,6 +186,8 @@ def test_a_file_of_transitions_is_taken_as_it_is(own):
     for found in (same, other):
         np.testing.assert_array_equal(found.action, dataset.action)
         np.testing.assert_array_equal(found.mask, dataset.mask)
+    cut_off, _ = load(own(terminals=np.zeros(400), rewards=np.ones(400))[0], "Pendulum-v1")
+    np.testing.assert_array_equal(cut_off.obs, rows["observations"][np.arange(400) % 50 != 49])
 
 
 def test_columns_of_width_one_are_taken_as_flat(own):
