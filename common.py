@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import typing
 import urllib.request
@@ -32,10 +33,13 @@ import filelock
 import gymnasium
 import jax
 import numpy as np
+from gymnasium.vector.utils import CloudpickleWrapper
 from tqdm import tqdm
 
 import adroit
 
+if len(os.fsencode(tempfile.gettempdir())) > 70:
+    tempfile.tempdir = "/tmp"  # multiprocessing puts a socket there, whose path must be short
 ROOT = pathlib.Path(__file__).resolve().parent
 gymnasium.logger.min_level = gymnasium.logger.ERROR  # it would warn that OGBench's action spaces are cast to float32
 
@@ -84,24 +88,28 @@ class Task:
     gymnasium environment; OGBench's and D4RL's are below.
 
     Its file is an .npz of rows: observations, actions, rewards, masks (1 - terminal) and terminals (1 in the last row
-    of each episode, from which no transition starts).
+    of each episode, from which no transition starts). With next_observations, each row is a transition.
     """
 
     name: str  # as --env-name gives it
     env_id: str  # of its environment, in gymnasium or adroit.py
     file: str = ""  # name of the published data
     paper: dict = dataclasses.field(default_factory=dict)  # its row of PAPER
+    spec: gymnasium.envs.registration.EnvSpec | None = None  # of the user's own, which workers may not have registered
 
     num_updates = None  # the paper's number of gradient steps
     unit = "return"  # of a score
     scored_from = 1.0  # a run's score is the mean of its evaluations from this part of it on
-    keys = ("rewards", "masks")  # of the file, besides observations, actions and terminals
+    keys = ("rewards",)  # of the file, besides observations, actions and terminals
     url = ""  # of the folder that has the published file
     folder = ("", "")  # where it is kept: the environment variable that says so, and the default
 
     def make_env(self, **kwargs) -> gymnasium.Env:
         """The environment whose episodes are the score; actions in [-1, 1]."""
-        return gymnasium.wrappers.RescaleAction(gymnasium.make(self.env_id, **kwargs), -1.0, 1.0)
+        env = gymnasium.make(self.spec, **kwargs)
+        space, (middle, half) = env.action_space, middle_and_half(env.action_space)
+        rescale = lambda action: np.clip(middle + half * action, space.low, space.high).astype(space.dtype)
+        return gymnasium.wrappers.TransformAction(env, rescale, gymnasium.spaces.Box(-1, 1, space.shape))
 
     def score(self, episode_return: float, info: dict) -> float:
         """An episode's score, of its return and its last step's info."""
@@ -109,9 +117,16 @@ class Task:
 
     def load(self, path: pathlib.Path) -> "Dataset":
         """The transitions of a file as numpy arrays. Raises ValueError, naming the file, if it is not whole."""
-        raw, space = read_npz(path, self), self.make_env().unwrapped.action_space
-        raw["actions"] = 2 * (raw["actions"] - space.low) / (space.high - space.low) - 1
-        return to_transitions(raw)
+        raw = read_npz(path, self, self.make_env().env)
+        raw.setdefault("masks", 1 - raw["terminals"])
+        dataset = to_transitions(raw)
+        if "next_observations" in raw and 2 * len(dataset.obs) <= len(raw["terminals"]):
+            raise ValueError(f"{path} has a next action in less than half of its rows: an episode's must follow each "
+                             f"other, the next_observations of one being the observations of the next")  # fmt: skip
+        if raw["rewards"].any() and not dataset.reward.any() or dataset.mask.all() and not raw["masks"].all():
+            raise ValueError(f"{path} has rewards or zero masks (by default 1 - terminals) only in the last rows of "
+                             f"episodes, where no transition starts without next_observations and mask 0")  # fmt: skip
+        return dataset
 
 
 class OGBench(Task):
@@ -133,8 +148,8 @@ class OGBench(Task):
     def load(self, path: pathlib.Path) -> "Dataset":
         from ogbench.relabel_utils import relabel_dataset
 
-        raw = read_npz(path, self)
         env = self.make_env()
+        raw = read_npz(path, self, env)
         env.reset()
         relabel_dataset(self.env_id, env, raw)
         return to_transitions(raw)
@@ -157,6 +172,25 @@ class D4RL(Task):
         return Dataset(**adroit.load_transitions(path, self.env_id))
 
 
+def check_env(env: gymnasium.Env):
+    """Raises ValueError if `env`, by its spaces, a reset and a step, is none that evaluation can play."""
+    space, actions = env.observation_space, env.action_space
+    for name, each in (("observations", space), ("actions", actions)):
+        if not isinstance(each, gymnasium.spaces.Box) or len(each.shape) != 1:
+            raise ValueError(f"its {name} are a {type(each).__name__} of shape {each.shape}, and must be vectors (Box)")
+    if not (actions.is_bounded() and (actions.low < actions.high).all() and actions.dtype.kind == "f"):
+        raise ValueError("its actions must be real numbers between bounds")
+    if env.spec.max_episode_steps is None:
+        raise ValueError("its episodes may never end: give max_episode_steps to gymnasium.register")
+    first, _ = env.reset(seed=0)
+    second, reward, *_ = env.step(((actions.low + actions.high) / 2).astype(actions.dtype))
+    for obs in (first, second):
+        if np.shape(obs) != space.shape or not np.isfinite(obs).all():
+            raise ValueError(f"its observations must be finite and of shape {space.shape}, and one is {obs}")
+    if np.shape(reward) or not np.isfinite(np.float64(reward)):
+        raise ValueError(f"its rewards must be finite numbers, and one is {reward}")
+
+
 def load_task(name: str, dataset_path: str | None = None) -> Task:
     """The task called `name`: one of the paper's, an OGBench `*-singletask*-v0` id, an Adroit dataset, or, with a
     `dataset_path`, any gymnasium id. Raises Error if there is none, or if this MuJoCo simulates it differently."""
@@ -177,17 +211,15 @@ def load_task(name: str, dataset_path: str | None = None) -> Task:
     )
     if found and (env_id := f"{found[1]}-singletask{found[3] or ''}-v0") in gymnasium.registry:
         return OGBench(name, env_id, f"{found[1]}-{found[2]}-v0.npz", PAPER.get(f"{found[1]}-{found[2]}", {}))
-    if dataset_path is not None and (name in gymnasium.registry or ":" in name):  # module:id imports the module first
+    if dataset_path is not None and (name in gymnasium.registry or ":" in name):
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # where module:id is looked for, in the workers as well
         try:
-            env = gymnasium.make(name)
+            env = gymnasium.make(name)  # imports the module first
+            check_env(env)
         except Exception as error:  # of the user's code, too
-            raise Error(f"{name} cannot be made ({error}): mend that, or give another --env-name")
-        vectors = all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
-                      for space in (env.observation_space, env.action_space))  # fmt: skip
-        if not (vectors and env.action_space.is_bounded("both")):
-            raise Error(f"{name} has observations {env.observation_space} and actions {env.action_space}: "
-                        f"both must be vectors (Box), and actions bounded")  # fmt: skip
-        return Task(name, name)
+            raise Error(f"{name} cannot be played ({error}): mend that, or give another --env-name")
+        return Task(name, name, spec=gymnasium.registry[env.unwrapped.spec.id])
     near = difflib.get_close_matches(name, PAPER | adroit.TASKS, 3, 0.5) or PAPER
     raise Error(f"there is no task {name!r}: give one like {', '.join(near)}, a single task of OGBench in states like "
                 f"scene-play-singletask-task2-v0, or, with --dataset-path, any gymnasium id")  # fmt: skip
@@ -309,7 +341,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     once, and kept; or downloaded once, and kept. Actions are clipped to +-(1 - 1e-5), as FQL clips them. Raises Error
     if the file cannot be had, is damaged or is another task's.
     """
-    folder = pathlib.Path(os.environ.get(*task.folder))
+    folder = pathlib.Path(os.path.expanduser(os.environ.get(*task.folder)))
     if dataset_path is not None:
         source, path = "given", pathlib.Path(dataset_path)
         path = path / task.file if path.is_dir() else path
@@ -318,9 +350,11 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
             raise Error(f"{task.name} cannot be generated (only the play sets of cube, scene and puzzle can): "
                         f"leave --generate-episodes out, and the published data are downloaded")  # fmt: skip
         stem = task.file.removesuffix(".npz")
-        source, path = "generated", folder.expanduser() / f"{stem}-generated{generate_episodes}.npz"
+        source, path = "generated", folder / f"{stem}-generated{generate_episodes}.npz"
     else:
-        source, path = "published", folder.expanduser() / task.file
+        source, path = "published", folder / task.file
+    if source != "given" and str(folder).startswith("~"):  # left as it was
+        raise Error(f"there is no home folder for data: name one by {task.folder[0]}, or a file by --dataset-path")
     try:
         if source != "given" and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,7 +369,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         dataset = task.load(path)
     except OSError as error:
-        where = "" if source == "given" else ", or data in another folder by OGBENCH_DATASET_DIR or D4RL_DATASET_DIR"
+        where = "" if source == "given" else f", or data in another folder by {task.folder[0]}"
         raise Error(f"cannot read or write {error.filename or path} ({error.strerror or error}): "
                     f"mend that, or give a file by --dataset-path{where}")  # fmt: skip
     except ValueError as error:
@@ -375,35 +409,63 @@ def download(url: str, path: pathlib.Path):
         temporary.unlink(missing_ok=True)
 
 
-def read_npz(path: pathlib.Path, task: Task) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file that `task` learns from. Raises ValueError, naming the file, if they are not whole."""
-    env, keys = task.make_env(), ("observations", "actions", "terminals", *task.keys)
-    widths = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
+def middle_and_half(space: gymnasium.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """`middle + half * action` takes [-1, 1] to the bounds of `space`."""
+    low, high = space.low.astype(float), space.high.astype(float)
+    return (low + high) / 2, (high - low) / 2
+
+
+def read_npz(path: pathlib.Path, task: Task, env: gymnasium.Env) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that `task` learns from, with the actions of `env` rescaled to [-1, 1]. Raises
+    ValueError, naming the file, if they are not whole."""
+    keys, space = ("observations", "actions", "terminals", *task.keys), env.action_space
+    widths = dict.fromkeys(("observations", "next_observations"), env.observation_space.shape)
+    widths |= {"actions": space.shape} | dict.fromkeys(("rewards", "masks", "terminals"), ())
     try:
         with np.load(path, allow_pickle=False) as file:
-            raw = {key: file[key] for key in (*keys, *{"button_states"}.intersection(file.files))}
+            found = {"masks", "next_observations", "button_states"}.intersection(file.files)
+            raw = {key: file[key] for key in (*keys, *found)}
     except Exception as error:  # a damaged file can make its readers raise anything
         why = error if zipfile.is_zipfile(path) else "it is no whole .npz file"  # NumPy takes it for a pickle
         raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({why}; an .npz with {', '.join(keys)})")
     for key, values in raw.items():
         shape = (raw["terminals"].size, *widths.get(key, values.shape[1:]))
+        if values.shape == (*shape, 1):
+            raw[key] = values = values[..., 0]
         if values.shape != shape:
             raise ValueError(f"{path} is no dataset of {task.name}: its {key} are {values.shape}, not {shape}")
         if not np.isfinite(values).all():
             raise ValueError(f"{path} is damaged: its {key} hold NaN or infinity")
-    if not raw["terminals"][-1:].any() or raw["terminals"].all():
+        if key in ("masks", "terminals") and not np.isin(values, (0, 1)).all():
+            raise ValueError(f"{path} is no dataset of {task.name}: its {key} are not all 0 or 1")
+    if "next_observations" not in raw and (not raw["terminals"][-1:].any() or raw["terminals"].all()):
         raise ValueError(f"{path} is damaged: its last episode does not end, or none has a transition")
+    middle, half = middle_and_half(space)
+    raw["actions"] = (raw["actions"] - middle) / half
+    if (np.abs(raw["actions"]) > 1.1).any():  # what lies outside by less is clipped
+        raise ValueError(f"{path} is no dataset of {task.name}: its actions lie far outside the "
+                         f"environment's, which are in [{space.low.min()}, {space.high.max()}]")  # fmt: skip
     return raw
 
 
 def to_transitions(raw: dict[str, np.ndarray]) -> Dataset:
     """The transitions of rows s_0, a_0, r_0; s_1, a_1, r_1; ...; s_T, a_T, r_T of each episode.
 
-    That of row i ends in the state and the action of row i + 1, and the last row of an episode starts none.
+    That of row i ends in the state and the action of row i + 1, and the last row of an episode starts none. With
+    next_observations, it ends in its own, and starts none only where it has no next action and needs one: row i + 1 is
+    of another episode, and the mask is 1.
     """
-    start, keys = np.flatnonzero(raw["terminals"] == 0), ("observations", "actions", "rewards", "masks")
+    keys = ("observations", "actions", "rewards", "masks")
     obs, action, reward, mask = (raw[key].astype(np.float32) for key in keys)
-    return Dataset(obs[start], action[start], reward[start], mask[start], obs[start + 1], action[start + 1])
+    starts = raw["terminals"] == 0
+    if "next_observations" in raw:
+        next_obs = raw["next_observations"].astype(np.float32)
+        starts &= np.append((next_obs[:-1] == obs[1:]).all(axis=1), False)
+        starts |= mask == 0
+    start = np.flatnonzero(starts)
+    after = (start + 1) % len(obs)  # after the last row nothing comes, and nothing is needed
+    next_obs = next_obs[start] if "next_observations" in raw else obs[after]
+    return Dataset(obs[start], action[start], reward[start], mask[start], next_obs, action[after])
 
 
 # ------------------------------------------------------------------------------------------------------------ train
@@ -457,7 +519,7 @@ def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
     """Starts an episode that depends on `seed` alone, and returns its first observation [obs_dim]."""
     np.random.seed(seed)  # OGBench's mazes also draw from here
     obs, _ = env.reset(seed=seed)
-    if hasattr(env.unwrapped, "_data"):  # its manipulation tasks settle by random actions, which the solver remembers
+    if type(env.unwrapped).__module__.startswith("ogbench.manipspace"):  # its solver remembers how it settled
         env.unwrapped._data.qacc_warmstart[:] = 0
     return obs
 
@@ -503,10 +565,10 @@ def follow_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def play(connection, task: Task, slots: collections.abc.Iterable[int]):
+def play(connection, task: CloudpickleWrapper, slots: collections.abc.Iterable[int]):
     """What a worker process does: it holds the environments of `slots`, and steps them when it is told to."""
     follow_parent()
-    environments = Slots(task, slots)
+    environments = Slots(task.fn, slots)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
         while True:
             connection.send(environments.step(connection.recv()))
@@ -523,7 +585,8 @@ class Environments:
         for i in range(num_workers):
             ours, theirs = context.Pipe()
             slots = range(i, self.num_slots, num_workers)
-            self.workers.append(context.Process(target=play, args=(theirs, task, slots), daemon=True))
+            each = theirs, CloudpickleWrapper(task), slots  # it pickles a notebook's own class, too
+            self.workers.append(context.Process(target=play, args=each, daemon=True))
             self.workers[-1].start()
             theirs.close()  # so that a dead worker reads as the end of its pipe
             self.connections.append(ours)

@@ -3,9 +3,14 @@
 import concurrent.futures
 import hashlib
 import http.server
+import itertools
 import multiprocessing
 import os
+import pwd
+import re
 import shutil
+import subprocess
+import sys
 import threading
 
 import generate
@@ -14,7 +19,7 @@ import h5py
 import numpy as np
 import ogbench
 import pytest
-from conftest import EPISODES, TASK, load_algo
+from conftest import EPISODES, ROOT, TASK, load_algo
 
 import adroit
 import common
@@ -36,6 +41,24 @@ def path(data_path, tmp_path):
     raw = {key: values[:41] for key, values in np.load(data_path).items()} | {"terminals": np.arange(41) == 40}
     np.savez_compressed(tmp_path / "data.npz", **raw)
     return tmp_path / "data.npz"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Writes a file of one's own for Pendulum-v1, with some of its arrays changed (or, by None, left out), and returns
+    its path and arrays: transitions of 8 episodes of 50 rows, the first 4 of which are cut off, and the last 4 end."""
+
+    def own(**changes):
+        rng, terminals = np.random.default_rng(0), np.arange(400) % 50 == 49
+        states = rng.normal(size=(8, 51, 3)).astype(np.float32)
+        rows = {"observations": states[:, :-1].reshape(400, 3), "next_observations": states[:, 1:].reshape(400, 3)}
+        rows |= {"actions": rng.uniform(-2, 2, (400, 1)), "rewards": terminals * 1.0}
+        rows |= {"terminals": terminals & (np.arange(400) >= 200)} | changes
+        rows = {key: values for key, values in rows.items() if values is not None}
+        np.savez(tmp_path / "own.npz", **rows)
+        return tmp_path / "own.npz", rows
+
+    return own
 
 
 @pytest.fixture
@@ -144,6 +167,182 @@ def test_a_users_own_environment(tmp_path, monkeypatch):
         common.resolve(algo.Args(env_name=name, dataset_path=str(path)), task, algo.PAPER_COLUMNS)
 
 
+def test_a_file_of_transitions_is_taken_as_it_is(own):
+    """As replay buffers have them: of all episodes the last reward and mask count, unless the episode was cut off, for
+    then the last transition has no next action."""
+    path, rows = own()
+    dataset, cut = load(path, "Pendulum-v1")[0], [49, 99, 149, 199]
+    kept = np.delete(np.arange(400), cut)
+    for ours, theirs in {"obs": "observations", "next_obs": "next_observations", "reward": "rewards"}.items():
+        np.testing.assert_array_equal(getattr(dataset, ours), np.float32(rows[theirs][kept]))
+    np.testing.assert_array_equal(kept[dataset.mask == 0], [249, 299, 349, 399])
+    np.testing.assert_array_equal(dataset.action, clip(rows["actions"][kept] / 2))
+    follows = (dataset.mask == 1) & (kept < 399)
+    np.testing.assert_array_equal(dataset.next_action[follows], clip(rows["actions"][kept[follows] + 1] / 2))
+    ended = np.arange(400) % 50 == 49  # with masks of their own, terminals are where an episode ends
+    same = load(own(terminals=ended, masks=1 - rows["terminals"])[0], "Pendulum-v1")[0]
+    joined = {"observations": np.zeros((400, 3)), "next_observations": np.zeros((400, 3))}  # ends are not seen by them
+    other = load(own(terminals=ended, masks=1 - rows["terminals"], **joined)[0], "Pendulum-v1")[0]
+    for found in (same, other):
+        np.testing.assert_array_equal(found.action, dataset.action)
+        np.testing.assert_array_equal(found.mask, dataset.mask)
+    cut_off, _ = load(own(terminals=np.zeros(400), rewards=np.ones(400))[0], "Pendulum-v1")
+    np.testing.assert_array_equal(cut_off.obs, rows["observations"][np.arange(400) % 50 != 49])
+
+
+def test_columns_of_width_one_are_taken_as_flat(own):
+    path, rows = own()
+    flat, _ = load(path, "Pendulum-v1")
+    column = {key: rows[key][:, None] for key in ("rewards", "terminals")} | {"masks": 1 - rows["terminals"][:, None]}
+    for found, expected in zip(load(own(**column)[0], "Pendulum-v1")[0], flat):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_rewards_and_actions_of_any_size_that_fits(own):
+    """A reward is never too large, and actions that lie outside by a tenth of half the range are clipped."""
+    actions = np.linspace(-2.19, 2.19, 400)[:, None]
+    dataset, _ = load(own(rewards=np.full(400, 1e6), actions=actions)[0], "Pendulum-v1")
+    assert (dataset.reward == 1e6).all() and dataset.action.max() == np.float32(1 - 1e-5)
+
+
+ENDS = np.arange(400) % 50 == 49
+EPISODES_ROWS = {"next_observations": None, "terminals": ENDS, "masks": np.ones(400)}
+REFUSED = {  # what is changed in a file of one's own, and the sentence
+    "actions far outside": ({"actions": np.full((400, 1), 2.3)}, "its actions lie far outside .* in .-2.0, 2.0."),
+    "masks of no kind": ({"masks": np.full(400, 0.99)}, "its masks are not all 0 or 1"),
+    "terminals of no kind": ({"terminals": np.arange(400)}, "its terminals are not all 0 or 1"),
+    "rewards in two columns": ({"rewards": np.ones((400, 2))}, "its rewards are .400, 2., not .400,."),
+    "no rewards": ({"rewards": None}, "rewards is not a file in the archive"),
+    "empty": ({key: np.zeros((0, 3)) for key in ("observations", "next_observations")}
+              | {"actions": np.zeros((0, 1)), "rewards": [], "terminals": []}, "a next action in less than half"),
+    "out of order": ({"observations": np.random.default_rng(1).normal(size=(400, 3))}, "next action in less than half"),
+    "lost rewards": (EPISODES_ROWS, "rewards or zero masks .* only in the last rows .* next_observations"),
+    "lost masks": (EPISODES_ROWS | {"rewards": np.ones(400), "masks": 1 - ENDS}, "zero masks .* next_observations"),
+    "rows of a replay buffer": (EPISODES_ROWS | {"rewards": np.ones(400), "masks": None}, "zero masks .* next_observ"),
+    "lost where cut off": ({"terminals": np.zeros(400)}, "rewards or zero masks .* only in the last rows .* mask 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_a_file_of_ones_own_that_would_teach_something_else_is_refused(how, own):
+    changes, sentence = REFUSED[how]
+    path, _ = own(**changes)
+    with pytest.raises(common.Error, match=f"{path} (is|has) .*{sentence}.*: name another file"):
+        load(path, "Pendulum-v1")
+
+
+def test_episodes_whose_last_rows_have_more_rewards_are_learned_from(own):
+    rewards = np.ones(400) + 5 * ENDS
+    assert len(load(own(**EPISODES_ROWS | {"rewards": rewards})[0], "Pendulum-v1")[0].obs) == 392
+
+
+# ------------------------------------------------------------------------------------------- one's own environment
+class Own(gymnasium.Env):
+    """An environment of two numbers, some of whose attributes may be replaced."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-9, 9, (2,)), gymnasium.spaces.Box(-1, 2, (1,))
+
+    def __init__(self, **changes):
+        vars(self).update(changes)
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.taken = action
+        return np.ones(2, np.float32), 1.0, False, False, {}
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Registers an environment, or a function that makes one, as Own-v0."""
+
+    def register(make=Own, max_episode_steps=5, **kwargs):
+        spec = gymnasium.envs.registration.EnvSpec("Own-v0", make, max_episode_steps=max_episode_steps, kwargs=kwargs)
+        monkeypatch.setitem(gymnasium.registry, "Own-v0", spec)
+
+    return register
+
+
+FAULTS = {  # what is wrong with an environment, and the sentence
+    "no time limit": ({"max_episode_steps": None}, "may never end: give max_episode_steps to gymnasium.register"),
+    "old reset": ({"reset": lambda seed=None, options=None: np.zeros(2)}, ""),
+    "no seed": ({"reset": lambda: (np.zeros(2), {})}, "unexpected keyword argument 'seed'"),
+    "old step": ({"step": lambda action: (np.zeros(2), 0.0, False, {})}, "not enough values to unpack"),
+    "other shape at reset": ({"reset": lambda seed=None, options=None: (np.zeros(3), {})}, "of shape .2,., and one is"),
+    "other shape": ({"step": lambda action: (np.zeros(3), 0.0, False, False, {})}, "of shape .2,., and one is"),
+    "NaN": ({"step": lambda action: (np.full(2, np.nan), 0.0, False, False, {})}, "must be finite .* .nan nan."),
+    "no reward": ({"step": lambda action: (np.zeros(2), None, False, False, {})}, ""),
+    "a list of rewards": ({"step": lambda action: (np.zeros(2), [1.0], False, False, {})}, ""),
+    "NaN as reward": ({"step": lambda action: (np.zeros(2), np.nan, False, False, {})}, "finite numbers, .* is nan"),
+    "pixels": ({"observation_space": gymnasium.spaces.Box(0, 255, (8, 8, 3))}, "its observations are a Box of shape"),
+    "unbounded": ({"action_space": gymnasium.spaces.Box(-np.inf, 1, (1,))}, "actions must be real numbers between"),
+    "whole actions": ({"action_space": gymnasium.spaces.Box(0, 3, (1,), int)}, "actions must be real numbers between"),
+    "a still joint": ({"action_space": gymnasium.spaces.Box(0, 0, (1,))}, "actions must be real numbers between"),
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_an_environment_that_cannot_be_played_is_refused_before_training(how, register):
+    changes, sentence = FAULTS[how]
+    register()
+    common.load_task("Own-v0", "data.npz")
+    register(**changes)
+    with pytest.raises(common.Error, match=rf"Own-v0 cannot be played \(.*{sentence}.*\): mend that, or give another"):
+        common.load_task("Own-v0", "data.npz")
+
+
+def test_a_time_limit_may_be_a_wrapper_of_ones_own(register):
+    register(lambda: gymnasium.wrappers.TimeLimit(Own(), 7), max_episode_steps=None)
+    assert common.load_task("Own-v0", "data.npz").make_env().spec.max_episode_steps == 7
+
+
+def test_actions_are_scaled_by_the_environment_with_its_wrappers(register, own):
+    """Whose entry point has scaled them to [-1, 1] already: they are not scaled once more."""
+    make = lambda: gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+    register(make)
+    path, rows = own(actions=np.random.default_rng(0).uniform(-1, 1, (400, 1)))
+    kept = np.delete(np.arange(400), [49, 99, 149, 199])
+    np.testing.assert_array_equal(load(path, "Own-v0")[0].action, clip(rows["actions"][kept]))
+    ours, theirs = common.load_task("Own-v0", str(path)).make_env(), make()
+    for env in (ours, theirs):
+        env.reset(seed=1)
+    for action in (np.array([0.3], np.float32), np.array([-1.0], np.float32)):
+        np.testing.assert_array_equal(ours.step(action)[0], theirs.step(action)[0])
+
+
+def test_what_the_environment_gets_is_inside_its_bounds_to_the_last_bit(register):
+    """Of all pairs of bounds among -1.3, -1.2, ..., 1.3. Without the clip, rescaling oversteps some."""
+    pairs = itertools.combinations(np.linspace(-1.3, 1.3, 27, dtype=np.float32), 2)
+    space = gymnasium.spaces.Box(*np.array(list(pairs)).T)
+    register(action_space=space)
+    env = common.load_task("Own-v0", "data.npz").make_env()
+    env.reset()
+    for sign, bound in ((1, space.high), (-1, space.low)):
+        for size in (1, 1 + 2**-23, 3):
+            env.step(np.full(space.shape, sign * size, np.float32))
+            np.testing.assert_array_equal(env.unwrapped.taken, bound)
+    env.step(np.zeros(space.shape, np.float32))
+    np.testing.assert_allclose(env.unwrapped.taken, (space.low + space.high) / 2, atol=1e-7)
+    assert env.unwrapped.taken.dtype == np.float32
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_works_when_it_is_copied(tmp_path):
+    """Its module is found in the current folder, by the workers as well; and it learns to move to 0: the best return is
+    -1, and that of standing still -50."""
+    section = (ROOT / "docs" / "data.md").read_text().split("## Your own\n")[1].split("\n## ")[0]
+    names, blocks = re.findall(r"`(my_\w+\.py)`:", section), re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert names == ["my_env.py", "my_data.py"]
+    for name, block in zip(names, blocks, strict=True):
+        (tmp_path / name).write_text(block)
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    shell = f'set -e; python() {{ {sys.executable} "$@"; }}\n{commands}'.replace(" algos/", f" {ROOT}/algos/")
+    out = subprocess.run(["sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert float(re.search(r"score: (\S+)", out.stdout)[1]) > -16
+
+
 @pytest.mark.parametrize(
     "name, dataset_path, sentence",
     [
@@ -151,8 +350,8 @@ def test_a_users_own_environment(tmp_path, monkeypatch):
         ("halfcheetah-medium-v2", None, "there is no task 'halfcheetah-medium-v2': give one like "),
         ("visual-scene-play-singletask-v0", None, "a single task of OGBench in states"),
         ("Pendulum-v1", None, "or, with --dataset-path, any gymnasium id"),
-        ("CartPole-v1", "data.npz", "CartPole-v1 has .* actions Discrete"),
-        ("no_such_module:Env-v0", "data.npz", "no_such_module:Env-v0 cannot be made"),
+        ("CartPole-v1", "data.npz", "CartPole-v1 cannot be played .its actions are a Discrete"),
+        ("no_such_module:Env-v0", "data.npz", "no_such_module:Env-v0 cannot be played .No module named"),
     ],
 )
 def test_a_task_that_is_not_here_says_what_is(name, dataset_path, sentence):
@@ -209,6 +408,18 @@ def test_data_are_found_in_another_folder(path, tmp_path, monkeypatch):
     assert about == load(published)[1] and about["sha256"] == hashlib.sha256(published.read_bytes()).hexdigest()
     monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
     assert common.load_dataset(common.load_task(TASK))[1] == load(published)[1] | {"source": "published"}
+
+
+@pytest.mark.parametrize("task, variable", [(TASK, "OGBENCH_DATASET_DIR"), ("pen-human-v1", "D4RL_DATASET_DIR")])
+def test_without_a_home_it_says_what_to_set(task, variable, tmp_path, monkeypatch):
+    """As in a container of a user that has no entry in /etc/passwd."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])
+    for args in ((), (None, 3))[: 2 if task == TASK else 1]:
+        with pytest.raises(common.Error, match=f"no home folder for data: name one by {variable}, or a file by --data"):
+            common.load_dataset(common.load_task(task), *args)
+    assert not list(tmp_path.iterdir())  # there is none that is called ~
 
 
 def test_a_home_that_is_read_only_says_what_to_set(path, monkeypatch):

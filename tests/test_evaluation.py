@@ -4,13 +4,15 @@ import functools
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import types
 
 import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import TASK
+from conftest import ROOT, TASK
 
 import common
 
@@ -178,6 +180,51 @@ class Faulty(gymnasium.Wrapper):
         if not self.steps_to_go and self.how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return obs if self.steps_to_go else np.nan * obs, reward, *rest
+
+
+NOTEBOOK = """
+import gymnasium, common
+import numpy as np
+
+class Mine(gymnasium.Env):
+    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return action, 1.0, False, False, {}
+
+gymnasium.register("Mine-v0", Mine, max_episode_steps=3)
+with common.Environments(common.load_task("Mine-v0", "data.npz"), 1, 2, 1) as environments:
+    print(common.evaluate(lambda obs, keys: obs, environments, [0], 10, 2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["", "f" * 60])
+def test_an_environment_of_a_notebooks_own_is_found_by_the_workers(folder, tmp_path):
+    """Its class is in no file. And TMPDIR may be so long that no socket can be made there."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    env = os.environ | {"TMPDIR": str(tmp_path / folder), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", NOTEBOOK], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == "[[3. 3.]]\n", run.stderr
+
+
+def test_what_is_done_to_ogbenchs_simulator_is_done_to_no_other():
+    """Which remembers the episode before, and may forget it."""
+
+    class Mine(gymnasium.Env):
+        def reset(self, seed=None, options=None):
+            return np.zeros(1), {}
+
+    ogbenchs, mine = common.load_task(TASK).make_env(), Mine()
+    ogbenchs.reset()
+    mine._data = ogbenchs.unwrapped._data
+    for env, left in ((mine, 1), (ogbenchs, 0)):
+        env.unwrapped._data.qacc_warmstart[:] = 1
+        common.reset_env(env, 3)
+        assert (env.unwrapped._data.qacc_warmstart == left).all()
 
 
 @pytest.mark.slow
