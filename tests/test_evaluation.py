@@ -48,11 +48,13 @@ def watch(environments, seeds, num_episodes, act=random_act, update=7, eval_seed
 
 @pytest.mark.slow
 def test_the_numbers_do_not_depend_on_the_workers():
-    expected = watch(Here(PENDULUM, 6), (5, 6), 3)
-    for workers in (1, 4):
+    expected, held = watch(Here(PENDULUM, 6), (5, 6), 3), []
+    for workers in (1, 4, 4):
         with common.Environments(PENDULUM, 2, 3, workers) as environments:
             for found, wanted in zip(watch(environments, (5, 6), 3), expected):
                 np.testing.assert_array_equal(found, wanted)
+        held = [*held, len(os.listdir("/dev/fd"))]
+    assert held[1] == held[2] == held[0]  # by the first, the server that starts the processes
 
 
 @pytest.mark.parametrize("task, action_dim", [("antmaze-large-navigate", 8), ("Pendulum-v1", 1)])
