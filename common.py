@@ -228,8 +228,9 @@ def load_task(name: str, dataset_path: str | None = None) -> Task:
 def read_record(folder: str | pathlib.Path) -> dict:
     """What a run wrote to args.json in its folder. Raises Error if none did."""
     try:
-        return json.loads((pathlib.Path(folder) / "args.json").read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads((pathlib.Path(folder) / "args.json").read_text())
+        return {key: record[key] for key in ("algo", "args", "data")} | record
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise Error(f"{folder} is no run's folder ({error}): give one like runs/<task>/<algo>/<time>")
 
 

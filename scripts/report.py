@@ -7,6 +7,7 @@ The first takes the arguments of reproduce.py, and collects the runs of these ce
 results/<name>/runs.csv. README.md and the pictures beside it are made of that file alone.
 """
 
+import contextlib
 import itertools
 import pathlib
 import re
@@ -53,7 +54,10 @@ Made of [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     """A row per table, task, column, seed and evaluation of the selected cells, as far as they have been run."""
-    runs = [(path.parent, common.read_record(path.parent)) for path in sorted(pathlib.Path("runs").rglob("args.json"))]
+    runs = []
+    for path in sorted(pathlib.Path("runs").rglob("args.json")):
+        with contextlib.suppress(common.Error):  # another program's
+            runs.append((path.parent, common.read_record(path.parent)))
     answers = [identity(record["algo"], types.SimpleNamespace(**record["args"])) for _, record in runs]
     paper = {cell[:3]: identity(cell.algo, cell.args) for cell in expand(selection, [])}
     parts = []
@@ -247,8 +251,11 @@ def main(args: Selection, flags: list[str]):
         rows.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
     elif not (folder / "runs.csv").exists():
         raise common.Error(f"there is no {folder}/runs.csv: name the tables to collect, like table1, or another --name")
-    rows, texts = pd.read_csv(folder / "runs.csv"), [TEXT.format(name=args.name)]
-    rows = rows.merge(AUTHORS, "left", ["table", "task", "column", "step"])
+    texts = [TEXT.format(name=args.name)]
+    try:
+        rows = pd.read_csv(folder / "runs.csv").merge(AUTHORS, "left", ["table", "task", "column", "step"])
+    except (ValueError, KeyError) as error:
+        raise common.Error(f"{folder}/runs.csv is damaged ({error}): name its tables to collect it anew")
     for (table, unit), part in rows.groupby(["table", "unit"], sort=False):
         title = f"{table[:-1].capitalize()} {table[-1]}, {unit}"
         title += f" of {part.algorithm.iloc[0]}" * (part.algorithm.nunique() == 1)

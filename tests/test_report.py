@@ -42,6 +42,15 @@ def test_iqm_is_of_the_middle_half_and_its_interval_of_a_stratified_bootstrap():
         assert report.estimate(report.iqm, [*SCORES, np.array(short)], 0) == "–"
 
 
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", 'table,task\n"'])
+def test_a_damaged_runs_csv_is_named(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "small").mkdir(parents=True)
+    (tmp_path / "results" / "small" / "runs.csv").write_text(text)
+    with pytest.raises(common.Error, match="results/small/runs.csv is damaged .*: name its tables to collect it anew"):
+        report.main(Selection(name="small"), [])
+
+
 def record_run(folder, cell, seeds, tenths=10, diverged=np.inf, chunk=1, **changes):
     """Writes what a run of a cell leaves in its folder: two chunks of updates to an evaluation, CURVE's scores and a
     gradient norm that grows by 1 per chunk. Seed 2 diverges at step `diverged`."""
@@ -68,6 +77,9 @@ def small(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("report"))
         with pytest.raises(common.Error, match="none of these cells has been run"):
             report.main(SELECTION, FLAGS)
+        for name, text in (("another-programs", '{"lr": 1}'), ("damaged", "{"), ("a-list", "[]")):  # are passed over
+            (runs / name).mkdir(parents=True)
+            (runs / name / "args.json").write_text(text)
         record_run(runs / "job-1", mfql, (1,))
         record_run(runs / "a" / "b" / "job-2", mfql, (2,), num_workers=7)
         record_run(runs / "job-2-begun", mfql, (2,), tenths=3)
