@@ -372,7 +372,10 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     except OSError as error:
         where = "" if source == "given" else f", or data in another folder by {task.folder[0]}"
         raise Error(f"cannot read or write {error.filename or path} ({error.strerror or error}): "
-                    f"mend that, or give a file by --dataset-path{where}")  # fmt: skip
+                    f"mend that, or give a file by --dataset-path (also beside --resume){where}")  # fmt: skip
+    except KeyboardInterrupt:  # minutes may have passed, but there is no run yet
+        print("stopped; give the same command again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except ValueError as error:
         made = "move it away, and it is made or downloaded anew"
         raise Error(f"{error}: {'name another file by --dataset-path' if source == 'given' else made}")
