@@ -32,9 +32,13 @@ def test_cells_seeds_and_values_are_the_papers():
     seeds = {(table, (111, 222, 333, 444, 555, 666, 777, 888)) for table in EIGHT}
     assert {(cell.table, cell.args.seeds) for cell in cells} == seeds | {(table, (11, 22, 33, 44)) for table in FOUR}
     args = {cell[:3]: cell.args for cell in cells}
-    table, figure = args["table2", "scene-play", "dmfql"], args["figure6", "scene-play", "delta=0.3"]
-    assert (table.delta, figure.delta, table.num_updates, table.alpha) == (0.1, 0.3, 1_000_000, 300)
+    table = args["table2", "scene-play", "dmfql"]
+    assert (table.delta, table.num_updates, table.alpha) == (0.1, 1_000_000, 300)
     assert args["table2", "pen-human-v1", "rebrac_gauss"].tanh is False
+    for cell in cells:
+        if "=" in cell.column:  # figures 6 to 8: each column says its flag by its name
+            flag, _, value = cell.column.partition("=")
+            assert getattr(cell.args, flag) == (common.PAPER[cell.task]["alpha"] if value == "fql" else float(value))
 
 
 def test_flags_go_to_every_algorithm_that_has_them_and_typing_errors_are_refused():
@@ -124,6 +128,19 @@ def test_runs_share_the_gpus_and_failures_and_signals_leave_the_others(tmp_path,
     assert re.fullmatch("start .*killer\n0 % done  .*killer  stopped at update 7\n", capsys.readouterr().out)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_slurm_gets_a_job_for_a_run_with_its_limits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for program in ("sbatch", "srun"):
+        (tmp_path / program).write_text("#!/bin/sh\necho Submitted batch job 7\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    limits = dict(cluster="slurm", gpus=1, hours=3, slurm=("partition=long",))
+    reproduce.main(reproduce.Args(("table2",), (TASK,), ("mfql",), **limits), [])
+    script = (tmp_path / "runs" / ".jobs" / "7_submission.sh").read_text()
+    for option in (f"job-name=mfql-{TASK}", "time=180", "cpus-per-task=8", "gpus-per-node=1", "partition=long"):
+        assert f"#SBATCH --{option}\n" in script
 
 
 def test_a_job_of_slurm_saves_and_is_queued_again_when_its_time_is_up(tmp_path, monkeypatch):
