@@ -21,7 +21,7 @@ from run import append_rows, read_rows, rendering_backend
 EIGHT, FOUR = ("table1", "table2", "table3", "figure3"), ("table4", "figure6", "figure7", "figure8")
 
 
-def test_cells_seeds_and_values_are_the_papers():
+def test_tables_expand_to_the_papers_runs():
     cells = expand(Selection(EIGHT + FOUR), [])
     printed = pd.read_csv(ROOT / "results" / "paper.csv")  # ifql* is what the paper took over
     printed = {(row.table, row.task, row.column.rstrip("*")) for row in printed.itertuples() if row.table != "table3"}
@@ -41,7 +41,7 @@ def test_cells_seeds_and_values_are_the_papers():
             assert getattr(cell.args, flag) == (common.PAPER[cell.task]["alpha"] if value == "fql" else float(value))
 
 
-def test_flags_go_to_every_algorithm_that_has_them_and_typing_errors_are_refused():
+def test_flags_go_to_every_algorithm_that_has_them_or_are_refused():
     flags = ["--num-updates=20", "--num-target-samples", "2", "--hidden-dims", "16", "16", "--seeds", "7"]
     selection = Selection(("table1", "table2"), ("scene-play",), ("difql", "dmfql"))
     difql, dmfql = (cell.args for cell in expand(selection, flags))
@@ -55,7 +55,7 @@ def test_flags_go_to_every_algorithm_that_has_them_and_typing_errors_are_refused
             expand(Selection((table,), (task,)), flags)
 
 
-def test_cells_share_a_folder_if_the_same_run_fills_them_and_only_then():
+def test_cells_share_a_folder_where_the_same_run_fills_them():
     for flags in ([], ["--seeds", "1", "2"]):
         cells = expand(Selection(EIGHT + FOUR, ("scene-play", TASK)), flags)
         run = lambda cell: (json.dumps(reproduce.identity(cell.algo, cell.args)), cell.args.seeds)
@@ -105,7 +105,7 @@ sys.exit(0 if name.name in ("run0", "run1") else "error: no")
 """
 
 
-def test_runs_share_the_gpus_and_failures_and_signals_leave_the_others(tmp_path, monkeypatch, capsys):
+def test_runs_share_gpus_but_neither_failures_nor_signals(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     (tmp_path / "program.py").write_text(PROGRAM)
     ends = {"run0": "finished", "run1": "finished", "lost": "running"}  # another process was faster to start "lost"
