@@ -74,7 +74,7 @@ def draw_modes(plt):
         axis.scatter(*action.T, s=60 if np.ptp(action, axis=0).max() < 0.01 else 3, alpha=0.5, linewidths=0)
         axis.set(aspect="equal", xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[])
         axis.set_title(f"{title}\n{mode_shares(action).sum():.0%} near a mode", fontsize=11)
-    figure.savefig(FOLDER / "modes.png", dpi=130)
+    figure.savefig(FOLDER / "modes.png", dpi=130, bbox_inches="tight")
 
 
 def draw_doal(plt):
@@ -105,7 +105,7 @@ def draw_doal(plt):
         axis.scatter(*action.T, s=5, color=color, alpha=0.8, linewidths=0)
         title = f"{name}: its flow clones {clones}\nmean reward {reward_of(action).mean():.2f}"
         axis.set_title(title, fontsize=11)
-    figure.savefig(FOLDER / "doal.png", dpi=130)
+    figure.savefig(FOLDER / "doal.png", dpi=130, bbox_inches="tight")
 
 
 if __name__ == "__main__":
