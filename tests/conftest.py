@@ -25,7 +25,7 @@ ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 PAIRS = [(name, f"d{name}") for name in ALGOS if f"d{name}" in ALGOS]
 
 
-def slow_but(cases, *quick):
+def slow_except(cases, *quick):
     """The cases of a test, all marked slow but the quick ones."""
     marks = lambda case: () if case in quick else pytest.mark.slow
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks(case)) for case in cases]

@@ -157,6 +157,7 @@ def test_normalized_scores():
         assert adroit.normalized_score(hand, 1000.0) == pytest.approx(score, rel=1e-12)
         assert adroit.normalized_score(hand, adroit.HANDS[hand].min_return) == 0
         assert adroit.normalized_score(hand, adroit.HANDS[hand].max_return) == 100
+    assert common.load_task("pen-human-v1").score(1000.0, {}) == pytest.approx(scores["pen"], rel=1e-12)
 
 
 def test_another_mujoco_is_refused(monkeypatch):

@@ -359,6 +359,10 @@ def test_a_task_that_is_not_here_says_what_is(name, dataset_path, sentence):
         common.load_task(name, dataset_path)
 
 
+def test_a_numbered_task_is_played_as_that_task():
+    assert common.load_task("cube-double-play-singletask-task4-v0").env_id == "cube-double-singletask-task4-v0"
+
+
 # ---------------------------------------------------------------------------------------------------- damaged files
 DAMAGES = {  # what is changed, the file's bytes or one of its arrays, and how
     "key missing": ("qpos", lambda values: None),

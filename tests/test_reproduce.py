@@ -21,7 +21,7 @@ from run import append_rows, read_rows
 EIGHT, FOUR = ("table1", "table2", "table3", "figure3"), ("table4", "figure6", "figure7", "figure8")
 
 
-def test_cells_seeds_and_values_are_the_papers():
+def test_tables_expand_to_the_papers_runs():
     cells = expand(Selection(EIGHT + FOUR), [])
     printed = pd.read_csv(ROOT / "results" / "paper.csv")  # ifql* is what the paper took over
     printed = {(row.table, row.task, row.column.rstrip("*")) for row in printed.itertuples() if row.table != "table3"}
@@ -32,12 +32,16 @@ def test_cells_seeds_and_values_are_the_papers():
     seeds = {(table, (111, 222, 333, 444, 555, 666, 777, 888)) for table in EIGHT}
     assert {(cell.table, cell.args.seeds) for cell in cells} == seeds | {(table, (11, 22, 33, 44)) for table in FOUR}
     args = {cell[:3]: cell.args for cell in cells}
-    table, figure = args["table2", "scene-play", "dmfql"], args["figure6", "scene-play", "delta=0.3"]
-    assert (table.delta, figure.delta, table.num_updates, table.alpha) == (0.1, 0.3, 1_000_000, 300)
+    table = args["table2", "scene-play", "dmfql"]
+    assert (table.delta, table.num_updates, table.alpha) == (0.1, 1_000_000, 300)
     assert args["table2", "pen-human-v1", "rebrac_gauss"].tanh is False
+    for cell in cells:
+        if "=" in cell.column:  # figures 6 to 8: each column says its flag by its name
+            flag, _, value = cell.column.partition("=")
+            assert getattr(cell.args, flag) == (common.PAPER[cell.task]["alpha"] if value == "fql" else float(value))
 
 
-def test_flags_go_to_every_algorithm_that_has_them_and_typing_errors_are_refused():
+def test_flags_go_to_every_algorithm_that_has_them_or_are_refused():
     flags = ["--num-updates=20", "--num-target-samples", "2", "--hidden-dims", "16", "16", "--seeds", "7"]
     selection = Selection(("table1", "table2"), ("scene-play",), ("difql", "dmfql"))
     difql, dmfql = (cell.args for cell in expand(selection, flags))
@@ -57,7 +61,7 @@ def test_flags_go_to_every_algorithm_that_has_them_and_typing_errors_are_refused
             expand(selection, flags)
 
 
-def test_cells_share_a_folder_if_the_same_run_fills_them_and_only_then():
+def test_cells_share_a_folder_where_the_same_run_fills_them():
     for flags in ([], ["--seeds", "1", "2"]):
         cells = expand(Selection(EIGHT + FOUR, ("scene-play", TASK)), flags)
         run = lambda cell: (json.dumps(reproduce.identity(cell.algo, cell.args)), cell.args.seeds)
@@ -107,7 +111,7 @@ sys.exit(0 if name.name in ("run0", "run1") else "error: no")
 """
 
 
-def test_runs_share_the_gpus_and_failures_and_signals_leave_the_others(tmp_path, monkeypatch, capsys):
+def test_runs_share_gpus_but_neither_failures_nor_signals(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     (tmp_path / "program.py").write_text(PROGRAM)
     ends = {"run0": "finished", "run1": "finished", "lost": "running"}  # another process was faster to start "lost"
@@ -130,6 +134,19 @@ def test_runs_share_the_gpus_and_failures_and_signals_leave_the_others(tmp_path,
     assert re.fullmatch("start .*killer\n0 % done  .*killer  stopped at update 7\n", capsys.readouterr().out)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_slurm_gets_a_job_for_a_run_with_its_limits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for program in ("sbatch", "srun"):
+        (tmp_path / program).write_text("#!/bin/sh\necho Submitted batch job 7\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    limits = dict(cluster="slurm", gpus=1, hours=3, slurm=("partition=long",))
+    reproduce.main(reproduce.Args(("table2",), (TASK,), ("mfql",), **limits), [])
+    script = (tmp_path / "runs" / ".jobs" / "7_submission.sh").read_text()
+    for option in (f"job-name=mfql-{TASK}", "time=180", "cpus-per-task=8", "gpus-per-node=1", "partition=long"):
+        assert f"#SBATCH --{option}\n" in script
 
 
 def test_a_job_of_slurm_saves_and_is_queued_again_when_its_time_is_up(tmp_path, monkeypatch):
