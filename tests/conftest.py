@@ -8,11 +8,14 @@ import signal
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a GPU
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # much is compiled here, little computed
 
+import gymnasium
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import adroit
 import common
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background, which ignores it
@@ -50,6 +53,48 @@ def assert_same(found, expected, assert_equal=np.testing.assert_array_equal):
     """Compares two trees of arrays leaf by leaf."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_equal(np.asarray(a), np.asarray(b))
+
+
+class LocalEnvironments(common.Slots):
+    """`common.Environments` in this process."""
+
+    def __init__(self, task, num_seeds, slots_per_seed, num_workers=1):
+        self.num_slots = num_seeds * slots_per_seed
+        super().__init__(task, range(self.num_slots))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def random_episodes(env):
+    """Rows of two random episodes under D4RL's keys: {key: [steps, ...]}."""
+    rng, space = np.random.default_rng(0), env.action_space
+    rows = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    for seed in range(2):
+        (obs, _), over = env.reset(seed=seed), False
+        while not over:
+            action = rng.uniform(space.low, space.high)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            for key, value in zip(rows, (obs, action, reward, terminated, truncated)):
+                rows[key].append(value)
+            obs, over = next_obs, terminated or truncated
+    return {key: np.array(values) for key, values in rows.items()}
+
+
+def record_hand(hand, path):
+    """Writes random episodes of one of Adroit's hands as D4RL's files are."""
+    with h5py.File(path, "w") as file:
+        for key, values in random_episodes(adroit.make_env(hand)).items():
+            file[key] = values
+
+
+def record_pendulum(path):
+    """Writes random episodes of gymnasium's pendulum as a user's own file is."""
+    rows = random_episodes(gymnasium.make("Pendulum-v1"))
+    np.savez(path, **rows | {"masks": 1.0 - rows["terminals"], "terminals": rows.pop("timeouts")})
 
 
 @pytest.fixture(scope="session", autouse=True)

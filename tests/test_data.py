@@ -15,13 +15,11 @@ import threading
 
 import generate
 import gymnasium
-import h5py
 import numpy as np
 import ogbench
 import pytest
-from conftest import EPISODES, ROOT, TASK, load_algo
+from conftest import EPISODES, ROOT, TASK, load_algo, record_pendulum
 
-import adroit
 import common
 
 
@@ -73,34 +71,6 @@ def load(path, task=TASK):
 
 def clip(action):
     return np.clip(np.float32(action), -1 + 1e-5, 1 - 1e-5)
-
-
-def random_episodes(env):
-    """Rows of two random episodes under D4RL's keys: {key: [steps, ...]}."""
-    rng, space = np.random.default_rng(0), env.action_space
-    rows = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    for seed in range(2):
-        (obs, _), over = env.reset(seed=seed), False
-        while not over:
-            action = rng.uniform(space.low, space.high)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            for key, value in zip(rows, (obs, action, reward, terminated, truncated)):
-                rows[key].append(value)
-            obs, over = next_obs, terminated or truncated
-    return {key: np.array(values) for key, values in rows.items()}
-
-
-def record_hand(hand, path):
-    """Writes random episodes of one of Adroit's hands as D4RL's files are."""
-    with h5py.File(path, "w") as file:
-        for key, values in random_episodes(adroit.make_env(hand)).items():
-            file[key] = values
-
-
-def record_pendulum(path):
-    """Writes random episodes of gymnasium's pendulum as a user's own file is."""
-    rows = random_episodes(gymnasium.make("Pendulum-v1"))
-    np.savez(path, **rows | {"masks": 1.0 - rows["terminals"], "terminals": rows.pop("timeouts")})
 
 
 # ------------------------------------------------------------------------------------------------------ transitions

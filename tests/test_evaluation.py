@@ -12,25 +12,11 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TASK
+from conftest import ROOT, TASK, LocalEnvironments
 
 import common
 
 PENDULUM = common.load_task("Pendulum-v1", "data.npz")
-
-
-class Here(common.Slots):
-    """`common.Environments` without processes."""
-
-    def __init__(self, task, num_slots, num_workers=1):
-        super().__init__(task, list(range(num_slots)))
-        self.num_slots = num_slots
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 def random_act(obs, keys):
@@ -48,7 +34,7 @@ def watch(environments, seeds, num_episodes, act=random_act, update=7, eval_seed
 
 @pytest.mark.slow
 def test_the_numbers_do_not_depend_on_the_workers():
-    expected, held = watch(Here(PENDULUM, 6), (5, 6), 3), []
+    expected, held = watch(LocalEnvironments(PENDULUM, 2, 3), (5, 6), 3), []
     for workers in (1, 4, 4):
         with common.Environments(PENDULUM, 2, 3, workers) as environments:
             for found, wanted in zip(watch(environments, (5, 6), 3), expected):
@@ -60,7 +46,7 @@ def test_the_numbers_do_not_depend_on_the_workers():
 @pytest.mark.parametrize("task, action_dim", [("antmaze-large-navigate", 8), ("Pendulum-v1", 1)])
 def test_an_episode_starts_by_its_numbers_alone(task, action_dim):
     """By eval_seed, the training seed, the update and its own number; not by the policy, or who else is evaluated."""
-    environments = Here(common.load_task(task, "data.npz"), 2)
+    environments = LocalEnvironments(common.load_task(task, "data.npz"), 2, 1)
     broken = lambda obs, keys: np.full((*obs.shape[:2], action_dim), np.nan)  # its episodes end at once
     still = lambda obs, keys: np.zeros((*obs.shape[:2], action_dim))
     scores, starts, _ = watch(environments, (5, 6), 3, broken)
@@ -75,15 +61,15 @@ def test_an_episode_starts_by_its_numbers_alone(task, action_dim):
 
 def test_fewer_episodes_than_slots_are_the_first_ones():
     """As a film plays them: the other slots stay empty, and the policy's batch keeps its size."""
-    all_of_them = watch(Here(PENDULUM, 3), (5,), 3)
-    scores, _, keys = watch(Here(PENDULUM, 3), (5,), 1)
+    all_of_them = watch(LocalEnvironments(PENDULUM, 1, 3), (5,), 3)
+    scores, _, keys = watch(LocalEnvironments(PENDULUM, 1, 3), (5,), 1)
     np.testing.assert_array_equal(scores[0], all_of_them[0][0, :1])
     np.testing.assert_array_equal(keys[:, :, 0], all_of_them[2][:, :, 0])
 
 
 def test_noise_depends_on_the_episode_and_its_step_alone():
     """Not on the episode before it in its slot: steps are counted from 0."""
-    _, _, keys = watch(Here(PENDULUM, 1), (5,), 2)
+    _, _, keys = watch(LocalEnvironments(PENDULUM, 1, 1), (5,), 2)
     starts = [int(np.random.SeedSequence((0, 5, 7, i)).generate_state(1)[0]) for i in range(2)]
     fold = lambda seed: jax.vmap(functools.partial(jax.random.fold_in, jax.random.PRNGKey(seed)))(np.arange(200))
     each = np.split(keys[:, 0, 0], [201])  # the state after the last of 200 steps is asked for, too

@@ -19,9 +19,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from conftest import FILES, TASK, load_algo
-from test_data import record_pendulum
-from test_evaluation import Here
+from conftest import FILES, TASK, LocalEnvironments, load_algo, record_pendulum
 
 import common
 import run
@@ -40,7 +38,7 @@ def quick():
     act = lambda args, states, obs, keys: np.sin(obs[..., :1] * states["w"][:, :1, None] + np.asarray(keys)[..., :1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.Task, "make_env", lambda _: rescale(gymnasium.make("Pendulum-v1", max_episode_steps=5)))
-        patch.setattr(common, "Environments", lambda task, *counts: Here(task, counts[0] * counts[1]))
+        patch.setattr(common, "Environments", LocalEnvironments)
         for name, function in (("init", init), ("train", train), ("act", act)):
             patch.setattr(ALGO, name, function)
         yield
@@ -179,7 +177,7 @@ def test_what_outran_the_checkpoint_is_cut_off(tmp_path):
 @pytest.mark.parametrize("where", ["step", "train"])
 def test_a_run_that_was_stopped_goes_on_in_the_same_process(name, where, go_on, handlers, monkeypatch, capsys):
     """As in a notebook whose kernel is interrupted: nothing is left held."""
-    owner, number, count = {"step": Here, "train": ALGO}[where], getattr(signal, name), iter(range(1000))
+    owner, number, count = {"step": LocalEnvironments, "train": ALGO}[where], getattr(signal, name), iter(range(1000))
     call = getattr(owner, where)
 
     def interrupted(*args):

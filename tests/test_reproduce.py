@@ -75,7 +75,7 @@ def test_where_a_run_stands(tmp_path, monkeypatch):
     assert progress(cell) == ("new", [f"{ROOT}/algos/mfql.py", *cell.flags, "--folder", f"runs/paper/{TASK}/mfql"])
     cell.folder.mkdir(parents=True)
     for changes in ({"seeds": (1, 2)}, {"num_samples": 3}, {"generate_episodes": 4}, {"num_workers": 3}):
-        record = {"algo": "mfql", "args": dataclasses.asdict(cell.args) | changes}
+        record = {"algo": "mfql", "args": dataclasses.asdict(cell.args) | changes, "data": {}}
         (cell.folder / "args.json").write_text(json.dumps(record))
         if "num_workers" not in changes:  # which changes no number
             with pytest.raises(common.Error, match="other arguments than these: choose another --name"):

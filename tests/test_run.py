@@ -14,9 +14,7 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import ALGOS, FILES, ROOT, TASK, load_algo
-from test_data import record_hand, record_pendulum
-from test_evaluation import Here
+from conftest import ALGOS, FILES, ROOT, TASK, LocalEnvironments, load_algo, record_hand, record_pendulum
 
 import adroit
 import common
@@ -173,7 +171,7 @@ def test_every_script_runs(name, tmp_path, monkeypatch, capsys):
     """As a script, but in this process; on one of D4RL's hands, whose episodes end here after five steps."""
     hand = ("pen", "door", "hammer", "relocate")[ALGOS.index(name) % 4]
     monkeypatch.setitem(adroit.HANDS, hand, adroit.HANDS[hand]._replace(horizon=5))
-    monkeypatch.setattr(common, "Environments", lambda task, *counts: Here(task, counts[0] * counts[1]))
+    monkeypatch.setattr(common, "Environments", LocalEnvironments)
     monkeypatch.chdir(tmp_path)
     record_hand(hand, "data.hdf5")
     flags = f"--env-name {hand}-expert-v1 --dataset-path data.hdf5 --num-updates 20 --eval-episodes 2 --folder run"
