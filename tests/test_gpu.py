@@ -56,12 +56,6 @@ def test_iql_computes_q_and_v_of_the_batch_once():
 
 def test_importing_an_algorithm_opens_no_device():
     """A worker process does, and a GPU has no room for a context per worker."""
-    code = "import common; common.load_algo('dmfql'){}"
-    run = lambda then: subprocess.run(
-        [sys.executable, "-c", code.format(then)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "none"},
-        capture_output=True,
-    )
-    assert run("").returncode == 0
-    assert b"none" in run("; import jax; jax.devices()").stderr  # where it would show
+    env = os.environ | {"JAX_PLATFORMS": "none"}  # a platform that nobody can open
+    code = "import common; common.load_algo('dmfql')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
