@@ -6,18 +6,18 @@
 The clones are github.com/seohongpark/fql and, at 155f517, github.com/Xyu-Chern/DOAL; what they import beside our
 requirements comes by `pip install distrax ml_collections jaxopt tfp-nightly`.
 
-Each contestant is a process of its own, and driven as its own main does. They take turns, and a ratio compares two of
-the same turn, whatever else the machine does: the table has its median over the turns, and its range. "Of a product's
-rate" is what an update would take at the rate of a large matrix product, by XLA's count of its operations, over what
-it takes. Sizes are the paper's; data are random.
+Each contestant is a process of its own, and driven as its own main does. All compile at the same time; then they take
+turns, and a ratio compares the speeds per seed in the same turn, whatever else the machine does: the table has its
+median over the turns, and its range. Sizes are the paper's; data are random.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
+import importlib.metadata
 import multiprocessing
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -38,16 +38,16 @@ DOAL |= {"etrigflow": ("trigflow", {"use_q_loss": True}), "mfql_bptt": ("mfql", 
 DOAL |= {"mfrebrac": ("dmfrebrac", {"alpha": 0.0})}  # their name of delta; they compute the gradient of Q all the same
 SCAN = 20  # updates per call of the authors' code
 TRANSITIONS = 1_000_000
-COLUMNS = ["file", "updates/s", "of a product's rate", "times FQL's speed", "times the authors' speed"]
+COLUMNS = ["file", "seeds", "ms/update", "per seed", "times FQL's speed", "times the authors' speed"]
 COLUMNS += ["s/episode", "FQL's s/episode"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     algos: tuple[str, ...] = ALGOS  # files of algos/
-    num_seeds: int = 1  # seeds that ours trains side by side (the others train one)
+    num_seeds: tuple[int, ...] = (1, 8)  # seeds that ours trains side by side, a row each (the others train one)
     env_name: str = "scene-play"  # task whose sizes are taken
-    num_updates: int = 40  # updates per turn, a multiple of 20
+    num_updates: int | None = None  # updates per turn, of all seeds together (None: 40, on a GPU 1000)
     turns: int = 7  # turns of each contestant
     eval_episodes: int | None = None  # episodes of an evaluation, ours and FQL's (None: no evaluation)
     fql_dir: str | None = None  # clone of FQL's official code
@@ -65,42 +65,33 @@ def random_data(env) -> dict[str, np.ndarray]:
 class Ours:
     """An algorithm of ours. Each method works, and returns the seconds per update or episode of one seed."""
 
-    def __init__(self, bench: Args, algo: str):
+    def __init__(self, bench: Args, algo: str, num_seeds: int):
         self.bench, self.module, self.task = bench, common.load_algo(algo), common.load_task(bench.env_name)
-        args = self.module.Args(env_name=bench.env_name, seeds=tuple(range(bench.num_seeds)))
+        args = self.module.Args(env_name=bench.env_name, seeds=tuple(range(num_seeds)))
         self.args = common.resolve(args, self.task, self.module.PAPER_COLUMNS)
         obs, action, reward, mask, next_obs, _ = map(jnp.asarray, random_data(self.task.make_env()).values())
         self.dataset = common.Dataset(obs, action, reward, mask, next_obs, action)
         init = functools.partial(self.module.init, self.args, obs.shape[-1], action.shape[-1])
-        self.states = jax.jit(jax.vmap(init))(jnp.arange(bench.num_seeds, dtype=jnp.uint32))
-        update = jax.jit(functools.partial(self.module.update, self.args), compiler_options=common.XLA_OPTIONS)
-        lowered = update.lower(self.dataset, jax.tree.map(lambda array: array[0], self.states), None)
-        self.flops = lowered.compile().cost_analysis()["flops"]
-        self.product = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda _, y: x @ y, x))
+        self.states = jax.jit(jax.vmap(init))(jnp.arange(num_seeds, dtype=jnp.uint32))
 
     def train(self) -> float:
+        num_updates = max(1, self.bench.num_updates // len(self.args.seeds))
         begun = time.perf_counter()
-        self.states, metrics = self.module.train(self.args, self.bench.num_updates, self.dataset, self.states)
+        self.states, metrics = self.module.train(self.args, num_updates, self.dataset, self.states)
         jax.block_until_ready(metrics)
-        return (time.perf_counter() - begun) / self.bench.num_updates / self.bench.num_seeds
-
-    def multiply(self) -> float:
-        """As many operations as an update has, in a large matrix product."""
-        begun = time.perf_counter()
-        self.product(jnp.ones((2048, 2048))).block_until_ready()
-        return (time.perf_counter() - begun) * self.flops / (8 * 2 * 2048**3)
+        return (time.perf_counter() - begun) / num_updates / len(self.args.seeds)
 
     def evaluate(self) -> float:
-        workers, num_seeds = common.usable_cores(), self.bench.num_seeds
-        slots = common.slots_per_seed(num_seeds, self.bench.eval_episodes, workers)
-        envs = common.Environments(self.task, num_seeds, self.bench.eval_episodes, workers)
         policy = functools.partial(self.module.act, self.args, self.states)
-        for num_episodes in (slots, self.bench.eval_episodes):  # the first makes the environments and compiles
-            begun = time.perf_counter()
-            common.evaluate(policy, envs, self.args.seeds, 0, num_episodes)
-        took = time.perf_counter() - begun
-        envs.close()
-        return took / self.bench.eval_episodes / num_seeds
+        num_seeds, num_episodes = len(self.args.seeds), self.bench.eval_episodes
+        with common.Environments(self.task, num_seeds, num_episodes) as envs:
+            for episodes in (
+                envs.num_slots // num_seeds,
+                num_episodes,
+            ):  # the first makes the environments and compiles
+                begun = time.perf_counter()
+                common.evaluate(policy, envs, self.args.seeds, 0, episodes)
+        return (time.perf_counter() - begun) / num_episodes / num_seeds
 
 
 class Theirs:
@@ -148,36 +139,45 @@ def call(contestant: tuple, method: str) -> float:
     return getattr(make(*contestant), method)()
 
 
-def compare(bench: Args, algo: str) -> list[str]:
-    """Times one algorithm: its row of the table."""
-    contestants = {"ours": (Ours, bench, algo)}
+def compare(bench: Args, algo: str) -> list[list[str]]:
+    """Times one algorithm: a row of the table for each number of seeds."""
+    contestants = {num_seeds: (Ours, bench, algo, num_seeds) for num_seeds in bench.num_seeds}
     contestants |= {"FQL": (Theirs, bench, algo, False)} if bench.fql_dir and algo in FQL else {}
     contestants |= {"DOAL": (Theirs, bench, algo, True)} if bench.doal_dir and algo in DOAL else {}
     spawn = multiprocessing.get_context("spawn")
     pools = {name: concurrent.futures.ProcessPoolExecutor(1, spawn) for name in contestants}
-    ask = lambda name, method: pools[name].submit(call, contestants[name], method).result()
-    turns = []
-    for _ in range(1 + bench.turns):
-        turns.append({name: ask(name, "train") for name in pools} | {"product": ask("ours", "multiply")})
-    del turns[0]  # which compiles
-    row = [algo, f"{1 / np.median([turn['ours'] for turn in turns]):.1f}"]
-    for name in ("product", "FQL", "DOAL"):
-        ratios = [turn[name] / turn["ours"] for turn in turns if name in turn]
-        row.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
-    for name in ("ours", "FQL"):
-        row.append(f"{ask(name, 'evaluate'):.2f}" if bench.eval_episodes and name in pools else "")
-    return row
+    ask = lambda name, method: pools[name].submit(call, contestants[name], method)
+    concurrent.futures.wait([ask(name, "train") for name in pools])  # compiles
+    turns = [{name: ask(name, "train").result() for name in pools} for _ in range(bench.turns)]
+    episode = {name: ask(name, "evaluate").result() for name in pools if bench.eval_episodes and name != "DOAL"}
+    for pool in pools.values():
+        pool.shutdown()  # so that a GPU has room for the next algorithm
+    rows = []
+    for num_seeds in bench.num_seeds:
+        took = 1000 * np.median([turn[num_seeds] for turn in turns])
+        row = [algo, f"{num_seeds}", f"{took * num_seeds:.3f}", f"{took:.3f}"]
+        for name in ("FQL", "DOAL"):
+            ratios = [turn[name] / turn[num_seeds] for turn in turns if name in turn]
+            row.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+        rows.append(row + [f"{episode[name]:.2f}" if name in episode else "" for name in (num_seeds, "FQL")])
+    return rows
 
 
 def main(bench: Args):
-    """Times one algorithm after another, and prints a row after each."""
+    """Times one algorithm after another, and prints its rows."""
+    gpu = jax.default_backend() == "gpu"
+    bench = dataclasses.replace(bench, num_updates=bench.num_updates or (1000 if gpu else 40))
     if bench.num_updates % SCAN:
         raise common.Error(f"--num-updates {bench.num_updates} is impossible: give a multiple of {SCAN}")
-    cores = common.usable_cores()
-    print(f"{bench.env_name}, {bench.num_seeds} seed(s) of ours, {cores} cores, commit {git_commit()}\n")
+    device, cores = jax.devices()[0].device_kind, common.usable_cores()
+    if gpu:
+        device += ", driver " + subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader -i 0")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
+    print(f"{bench.env_name} on {device}, {cores} cores, {versions}, commit {git_commit()}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for algo in bench.algos:
-        print(f"| {' | '.join(compare(bench, algo))} |", flush=True)
+        for row in compare(bench, algo):
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

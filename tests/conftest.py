@@ -5,8 +5,8 @@ import os
 import pathlib
 import signal
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a GPU
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # much is compiled here, little computed
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # also where there is a GPU, unless it is asked for
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # much is compiled, little computed
 
 import gymnasium
 import h5py

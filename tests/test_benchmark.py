@@ -1,4 +1,4 @@
-"""What benchmark.py measures: an update's operations, and the other codes, driven as their own main.py does."""
+"""What benchmark.py measures: ratios of the same turn, and the other codes, driven as their own main.py does."""
 
 import concurrent.futures
 import sys
@@ -16,23 +16,31 @@ import common
 benchmark.TRANSITIONS = 100
 
 
-@pytest.mark.slow
-def test_ours_is_timed_and_every_product_of_an_update_counted_once(monkeypatch):
-    """iql: actor, V and both critics forward and backward, V(s') and both targets forward. Q(s, a) and V(s) serve their
-    own losses and the weight of AWR, by common.XLA_OPTIONS."""
-    small = small_args("iql", hidden_dims=(64, 64))  # batches of 32
-    monkeypatch.setattr(common, "resolve", lambda *args: small)
+@pytest.fixture
+def threads(monkeypatch):
+    """Contestants run here, in place of in processes of their own."""
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
-    bench = benchmark.Args(num_updates=20, turns=1)
-    row = benchmark.compare(bench, "iql")
-    assert float(row[1]) > 0 and float(row[2].split()[0]) > 0 and row[3:] == [""] * 4
-    ours = benchmark.make(benchmark.Ours, bench, "iql")
-    obs_dim, action_dim = ours.dataset.obs.shape[-1], ours.dataset.action.shape[-1]
-    forward = lambda inputs, outputs: 2 * 32 * 64 * (inputs + 64 + outputs)
-    trained = lambda inputs, outputs: 3 * forward(inputs, outputs) - 2 * 32 * 64 * inputs  # not back to the inputs
-    products = trained(obs_dim, action_dim) + trained(obs_dim, 1) + 2 * trained(obs_dim + action_dim, 1)
-    products += forward(obs_dim, 1) + 2 * forward(obs_dim + action_dim, 1)
-    assert products < ours.flops < 1.3 * products  # the rest is Adam's and the activations'
+
+
+def test_ratios_are_of_one_turn_and_per_seed(threads, monkeypatch):
+    took = {1: [9, 2, 4, 1], 4: [9, 0.5, 2, 0.5], "FQL": [9, 6, 8, 5], "DOAL": [9, 1, 2, 2]}  # the first turn compiles
+    number = lambda kind, bench, algo, last: last if kind is benchmark.Ours else "DOAL" if last else "FQL"
+    monkeypatch.setattr(benchmark, "call", lambda contestant, method: took[number(*contestant)].pop(0))
+    bench = benchmark.Args(num_seeds=(1, 4), turns=3, fql_dir="fql", doal_dir="doal")
+    one, four = benchmark.compare(bench, "ifql")
+    assert one == ["ifql", "1", "2000.000", "2000.000", "3.00 (2.00 to 5.00)", "0.50 (0.50 to 2.00)", "", ""]
+    assert four == ["ifql", "4", "2000.000", "500.000", "10.00 (4.00 to 12.00)", "2.00 (1.00 to 4.00)", "", ""]
+
+
+@pytest.mark.slow
+def test_ours_is_timed_per_update_and_seed(threads, monkeypatch):
+    small = small_args("iql", seeds=(0, 1))
+    monkeypatch.setattr(common, "resolve", lambda *args: small)
+    ours, sizes = benchmark.Ours(benchmark.Args(num_updates=40), "iql", 2), []
+    train, clock = ours.module.train, iter((100.0, 104.0))
+    monkeypatch.setattr(ours.module, "train", lambda args, size, *rest: sizes.append(size) or train(args, size, *rest))
+    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert ours.train() == 4 / 40 and sizes == [20]
 
 
 class Agent(flax.struct.PyTreeNode):
