@@ -85,10 +85,8 @@ class Ours:
         policy = functools.partial(self.module.act, self.args, self.states)
         num_seeds, num_episodes = len(self.args.seeds), self.bench.eval_episodes
         with common.Environments(self.task, num_seeds, num_episodes) as envs:
-            for episodes in (
-                envs.num_slots // num_seeds,
-                num_episodes,
-            ):  # the first makes the environments and compiles
+            warm_up = envs.num_slots // num_seeds  # makes the environments and compiles
+            for episodes in (warm_up, num_episodes):
                 begun = time.perf_counter()
                 common.evaluate(policy, envs, self.args.seeds, 0, episodes)
         return (time.perf_counter() - begun) / num_episodes / num_seeds
