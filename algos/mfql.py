@@ -185,7 +185,7 @@ def act(args, states, obs, keys):
 def main(args):
     """Trains all seeds, evaluates each at every tenth of the run, and returns their scores [seeds] by the paper's
     protocol."""
-    args, task = common.prepare(args, __file__, PAPER_COLUMNS)
+    args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # the paper's values; or, to resume, a run's
     dataset, source = common.load_dataset(task, args.dataset_path, args.generate_episodes)
     with (
         Run(args, __file__, task, source) as run,

@@ -36,6 +36,7 @@ RESULTS = common.ROOT / "results"
 PRINTED = {row[:3]: row[3:] for row in pd.read_csv(RESULTS / "paper.csv").itertuples(index=False)}  # (mean, std)
 AUTHORS = pd.read_csv(RESULTS / "authors.csv")
 DATA = ("dataset_path", "generate_episodes")  # flags whose effect a table says by itself
+EVALUATION = ("eval_episodes", "eval_seed")  # and these do not change a norm
 CURVE = ["mean", "min", "max"]  # columns of AUTHORS
 plt.rcParams.update({"axes.titlesize": "medium", "figure.titlesize": "medium"})  # 10 points, 800 pixels wide
 NORMS = ("table3", "figure3")  # these are of the gradients' mean norm, not of scores
@@ -63,7 +64,8 @@ def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     parts = []
     for cell in expand(selection, flags):
         asked, usual = identity(cell.algo, cell.args), paper[cell[:3]]
-        changed = {key: value for key, value in asked.items() if value != usual[key] and key not in DATA}
+        matter = usual.keys() - {*DATA, *(EVALUATION if cell.table in NORMS else ())}
+        changed = {key: value for key, value in asked.items() if value != usual[key] and key in matter}
         free = {}  # to differ from what is asked
         if changed.keys() <= {"num_updates"} and asked["num_updates"] <= usual["num_updates"]:
             # Nothing depends on how long a run will be: one with fewer updates is the beginning of the paper's.

@@ -211,3 +211,12 @@ def test_the_authors_curves_end_in_the_papers_tables():
         ("antmaze-large-navigate", "mfrebrac"): -1.5,
         ("cube-double-play", "mfrebrac"): -3.3,
     }
+
+
+def test_how_a_run_is_evaluated_changes_its_scores_and_no_norm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    selection = Selection(("table2", "figure3"), ("scene-play",), ("dmfql",))
+    flags = ["--seeds", "1", "--eval-episodes", "1", "--num-updates", "5000"]
+    record_run(pathlib.Path("runs", "one"), expand(selection, flags)[0], (1,), chunk=250)
+    changed = report.collect(selection, flags).groupby("table").changed.first()
+    assert dict(changed) == {"table2": "num_updates 5000, eval_episodes 1", "figure3": ""}
