@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 import ogbench
 import pytest
-from conftest import EPISODES, ROOT, TASK, record_pendulum
+from conftest import EPISODES, ROOT, TASK, write_pendulum
 
 import common
 
@@ -95,19 +95,6 @@ def test_transitions_are_ogbenchs(data_path, tmp_path):
         np.testing.assert_array_equal(array, np.where(row == 5, 0, elsewhere))
 
 
-def test_a_file_of_episodes_of_a_users_own(tmp_path):
-    """Actions, here in [-2, 2], become [-1, 1]."""
-    path = tmp_path / "data.npz"
-    record_pendulum(path)
-    raw, (dataset, about) = np.load(path), load(path, "Pendulum-v1")
-    assert about["source"] == "given" and len(dataset.obs) == 398 and np.abs(raw["actions"]).max() > 1.9
-    start = np.flatnonzero(~raw["terminals"])
-    np.testing.assert_array_equal(dataset.next_obs, raw["observations"][start + 1])
-    np.testing.assert_allclose(dataset.action, clip(raw["actions"][start] / 2), atol=1e-6)
-    np.testing.assert_allclose(dataset.next_action, clip(raw["actions"][start + 1] / 2), atol=1e-6)
-    np.testing.assert_array_equal(dataset.reward, np.float32(raw["rewards"][start]))
-
-
 def test_a_file_of_transitions_is_taken_as_it_is(own):
     """As replay buffers have them: of all episodes the last reward and mask count, unless the episode was cut off, for
     then the last transition has no next action."""
@@ -162,9 +149,14 @@ def test_a_file_of_ones_own_that_would_teach_something_else_is_refused(how, own)
         load(path, "Pendulum-v1")
 
 
-def test_episodes_whose_last_rows_have_more_rewards_are_learned_from(own):
-    rewards = np.ones(400) + 5 * ENDS
-    assert len(load(own(**EPISODES_ROWS | {"rewards": rewards})[0], "Pendulum-v1")[0].obs) == 392
+def test_a_file_of_episodes_is_learned_from_as_ogbenchs(own):
+    """Also where the last rows, from which no transition starts, have more rewards than the others."""
+    path, rows = own(**EPISODES_ROWS | {"rewards": np.ones(400) + 5 * ENDS})
+    dataset, about = load(path, "Pendulum-v1")
+    start = np.flatnonzero(~ENDS)
+    assert about["source"] == "given" and (dataset.reward == 1).all() and dataset.mask.all()
+    np.testing.assert_array_equal(dataset.next_obs, rows["observations"][start + 1])
+    np.testing.assert_array_equal(dataset.next_action, clip(rows["actions"][start + 1] / 2))
 
 
 # ------------------------------------------------------------------------------------------- one's own environment

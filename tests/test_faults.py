@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from conftest import FILES, TASK, LocalEnvironments, load_algo, record_pendulum
+from conftest import FILES, TASK, LocalEnvironments, load_algo, write_pendulum
 
 import common
 import run
@@ -56,7 +56,7 @@ def handlers():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("pendulum") / "data.npz"
-    record_pendulum(path)
+    write_pendulum(path)
     return str(path)
 
 

@@ -31,11 +31,8 @@ def test_probability_of_improvement_is_mann_whitneys():
 
 def test_iqm_is_of_the_middle_half_and_its_interval_of_a_stratified_bootstrap():
     assert report.iqm(np.array([9, 1, 2, 100]), np.array([3, 4, 5, 6])) == 4.5  # of 1 2 | 3 4 5 6 | 9 100
-    rng, draws = np.random.default_rng(0), []
-    indices = [rng.integers(0, len(scores), (10_000, len(scores))) for scores in SCORES]
-    for i in range(10_000):
-        drawn = sorted(scores[k] for scores, index in zip(SCORES, indices) for k in index[i])
-        draws.append(np.mean(drawn[len(drawn) // 4 : len(drawn) - len(drawn) // 4]))
+    rng = np.random.default_rng(0)
+    draws = report.iqm(*[scores[rng.integers(0, len(scores), (10_000, len(scores)))] for scores in SCORES])
     low, high = np.quantile(draws, [0.025, 0.975])
     assert report.estimate(report.iqm, SCORES, 3) == f"{report.iqm(*SCORES):.3f} [{low:.3f}, {high:.3f}]"
     for short in ([1.0], [1.0, np.nan]):
@@ -197,17 +194,8 @@ def test_the_papers_numbers_are_those_compared_with_it_cell_by_cell():
 
 
 def test_the_authors_curves_end_in_the_papers_tables():
-    """Within rounding (half a point) in 73 of 90 cells, within a point in 83. These 7 are further off, in points."""
+    """Within rounding (half a point) in 73 of 90 cells, within a point in 83."""
     keys, authors = ["table", "task", "column"], report.AUTHORS[report.AUTHORS.step >= 800_000]
     paper = pd.read_csv(report.RESULTS / "paper.csv").set_index(keys)["mean"]
-    off = (authors.groupby(keys)["mean"].mean() - paper).dropna()["table1":"table2"].droplevel("table")
-    assert len(off) == 90 and (off.abs() < 0.501).sum() == 73
-    assert off[off.abs() > 1.001].round(1).to_dict() == {
-        ("humanoidmaze-medium-navigate", "diql"): -5.4,
-        ("humanoidmaze-large-navigate", "diql"): -6.1,
-        ("puzzle-3x3-play", "diql"): -1.8,
-        ("puzzle-4x4-play", "diql"): -2.9,
-        ("antsoccer-arena-navigate", "dtrigflow"): -1.3,
-        ("antmaze-large-navigate", "mfrebrac"): -1.5,
-        ("cube-double-play", "mfrebrac"): -3.3,
-    }
+    off = (authors.groupby(keys)["mean"].mean() - paper).dropna()["table1":"table2"].abs()
+    assert (len(off), (off < 0.501).sum(), (off < 1.001).sum()) == (90, 73, 83)

@@ -14,7 +14,7 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import ALGOS, FILES, ROOT, TASK, LocalEnvironments, load_algo, record_hand, record_pendulum
+from conftest import ALGOS, FILES, ROOT, TASK, LocalEnvironments, load_algo, write_hand, write_pendulum
 
 import adroit
 import common
@@ -53,7 +53,7 @@ def decoys(tmp_path_factory):
 def whole(tmp_path_factory, decoys):
     """An uninterrupted run: its folder and what it printed. Of four devices, its two seeds take two, one each."""
     cwd = tmp_path_factory.mktemp("whole")
-    record_pendulum(cwd / "data.npz")
+    write_pendulum(cwd / "data.npz")
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     out = finish(start(PENDULUM, cwd, PYTHONPATH=decoys, XLA_FLAGS=flags))
     return cwd / re.search(r"folder  (\S+)", out)[1], out
@@ -173,7 +173,7 @@ def test_every_script_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(adroit.HANDS, hand, adroit.HANDS[hand]._replace(horizon=5))
     monkeypatch.setattr(common, "Environments", LocalEnvironments)
     monkeypatch.chdir(tmp_path)
-    record_hand(hand, "data.hdf5")
+    write_hand(hand, "data.hdf5")
     flags = f"--env-name {hand}-expert-v1 --dataset-path data.hdf5 --num-updates 20 --eval-episodes 2 --folder run"
     small = SMALL if hasattr(load_algo(name).Args, "flow_steps") else SMALL.replace(" --flow-steps 2", "")
     for attribute, value in (("argv", ["x.py", *flags.split(), *small.split()]), ("path", [*sys.path])):
