@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 import ogbench
 import pytest
-from conftest import EPISODES, ROOT, TASK, write_pendulum
+from conftest import EPISODES, ROOT, TASK
 
 import common
 
