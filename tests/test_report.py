@@ -177,17 +177,6 @@ def test_pictures_show_one_standard_deviation_or_the_authors_range(tmp_path, mon
     assert bands == [[[100_000], [10], [30]], [[100_000], [16], [98]]]
 
 
-def test_a_panel_of_single_seeds_is_not_beside_one_of_several(tmp_path, monkeypatch):
-    figures, seeds = [], {"mfql": 2, "dmfql": 2, "fql": 1, "mfrebrac": 2, "dmfrebrac": 2, "rebrac_tanh": 1}
-    runs = [{"column": column, "seed": seed} for column, count in seeds.items() for seed in range(count)]
-    rows = pd.DataFrame(runs).assign(task="scene-play", step=100_000, score=50.0, unit="% success", num_updates=10**6)
-    monkeypatch.setattr(report.plt, "close", figures.append)
-    report.draw("", rows.assign(changed=np.nan, data="", mean=66.0, min=16.0, max=98.0), tmp_path / "one.png")
-    panels = [(axis.get_subplotspec().rowspan.start, axis.get_title()) for axis in figures[0].axes]
-    names = ["mfql and dmfql", "mfrebrac and dmfrebrac", "fql and rebrac_tanh"]
-    assert panels == [(row, f"scene-play\n{pair}") for row, pair in zip((0, 0, 1), names)]
-
-
 def test_the_papers_numbers_are_those_compared_with_it_cell_by_cell():
     digest = hashlib.sha256((report.RESULTS / "paper.csv").read_bytes()).hexdigest()
     assert digest == "1fb5a0a47130f823e5d4ec0780a7ac5d2a6fef8c92efa199fa128dd2017e470f"
