@@ -48,12 +48,6 @@ def make_states(name, args, dataset):
     return jax.jit(jax.vmap(init))(jnp.array(args.seeds, jnp.uint32))
 
 
-def assert_same(found, expected, assert_equal=np.testing.assert_array_equal):
-    """Compares two trees of arrays leaf by leaf."""
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert_equal(np.asarray(a), np.asarray(b))
-
-
 class LocalEnvironments(common.Slots):
     """`common.Environments` in this process."""
 

@@ -24,16 +24,6 @@ import common
 ENDS = np.arange(400) % 50 == 49  # of episodes in a file of one's own
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_environment_per_task():
-    """Each load makes an environment, which takes a second: here all share one."""
-    made, make = {}, common.OGBench.make_env
-    with pytest.MonkeyPatch.context() as patch:
-        make_once = lambda task: made.get(task.name) or made.setdefault(task.name, make(task))
-        patch.setattr(common.OGBench, "make_env", make_once)
-        yield
-
-
 @pytest.fixture
 def path(data_path, tmp_path):
     """An .npz file of one short episode, as OGBench's are."""

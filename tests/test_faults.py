@@ -361,11 +361,8 @@ def test_weights_and_biases_get_every_seed(sweep, begin, monkeypatch, capsys):
 
 
 def test_weights_and_biases_that_cannot_be_had_end_the_run_before_it_trains(begin, monkeypatch):
-    def refuse(**_):
-        raise OSError("no login")
-
-    monkeypatch.setattr(importlib.import_module("wandb"), "init", refuse)
-    with pytest.raises(common.Error, match="no Weights & Biases .no login.: log in, set WANDB_MODE=offline"):
+    monkeypatch.setattr(importlib.import_module("wandb"), "init", lambda **_: {}["login"])
+    with pytest.raises(common.Error, match="no Weights & Biases .'login'.: log in, set WANDB_MODE=offline"):
         begin(track=True)
 
 
