@@ -191,12 +191,14 @@ def test_an_environment_of_a_notebooks_own_is_found_by_the_workers(tmp_path):
 
 
 def test_what_is_done_to_ogbenchs_simulator_is_done_to_no_other():
-    """Which remembers the episode before, and may forget it (see above)."""
-    data = types.SimpleNamespace(qacc_warmstart=np.ones(1))
-    env = types.SimpleNamespace(_data=data, reset=lambda seed: (np.zeros(1), {}))
-    env.unwrapped = env
-    common.reset_env(env, 3)
-    assert data.qacc_warmstart == 1
+    """Which remembers the episode before, and may forget it."""
+    ogbenchs, mine = common.load_task(TASK).make_env(), types.SimpleNamespace(reset=lambda seed: (np.zeros(1), {}))
+    ogbenchs.reset()
+    mine.unwrapped, mine._data = mine, ogbenchs.unwrapped._data
+    for env, left in ((mine, 1), (ogbenchs, 0)):
+        env.unwrapped._data.qacc_warmstart[:] = 1
+        common.reset_env(env, 3)
+        assert (env.unwrapped._data.qacc_warmstart == left).all()
 
 
 @pytest.mark.slow
