@@ -101,13 +101,3 @@ def home(tmp_path_factory):
 def data_path(home):
     """A few generated episodes."""
     return pathlib.Path(common.load_dataset(common.load_task(TASK), None, EPISODES)[1]["path"])
-
-
-@pytest.fixture(scope="session")
-def dataset(data_path):
-    return jax.tree.map(jnp.asarray, common.load_dataset(common.load_task(TASK), str(data_path))[0])
-
-
-@pytest.fixture(scope="session")
-def batch(dataset):
-    return common.sample_batch(dataset, jax.random.PRNGKey(5), 32)

@@ -25,11 +25,6 @@ def inputs(name, **changes):
     return args, state, jax.tree.map(np.float32, batch), jax.random.PRNGKey(6)
 
 
-def stacked(state):
-    """The states of one seed, [1, ...]."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[None], state)
-
-
 def parameters(state):
     """{network: its parameters} of all networks of a state."""
     networks = {name: network for name, network in state._asdict().items() if name != "key"}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ALGOS, PAIRS, ROOT, load_algo, make_states, slow_except, small_args
-from reference import definitions, each_text, inputs, stacked
+from reference import definitions, each_text, inputs
 
 import common
 
@@ -66,9 +66,9 @@ def test_definitions_stand_in_one_order():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", each_text("update"))
-def test_a_seed_learns_the_same_alone_and_among_others(name, dataset):
+def test_a_seed_learns_the_same_alone_and_among_others(name):
     """Also where a call of `train` does fewer updates: one program that is compiled once."""
-    algo, together, alone = load_algo(name), small_args(name, seeds=(7, 8)), small_args(name, seeds=(8,))
+    algo, (together, _, dataset, _), alone = load_algo(name), inputs(name, seeds=(7, 8)), small_args(name, seeds=(8,))
     states, metrics = algo.train(together, 20, dataset, make_states(name, together, dataset))
     state, chunk = algo.train(alone, 5, dataset, make_states(name, alone, dataset))
     chunks = [chunk]
@@ -159,7 +159,9 @@ AROUND = {"num_updates", "eval_episodes", "eval_seed", "num_workers", "generate_
 def test_every_number_changes_what_is_learned_or_done(name):
     def after_two_updates(**changes):
         algo, (args, state, dataset, key) = load_algo(name), inputs(name, hidden_dims=(8,), **changes)
-        action = algo.act.__wrapped__(args, stacked(state), dataset.obs[None], jnp.tile(key, (1, 32, 1)))
+        action = algo.act.__wrapped__(
+            args, jax.tree.map(lambda leaf: leaf[None], state), dataset.obs[None], jnp.tile(key, (1, 32, 1))
+        )
         for _ in range(2):  # op by op: nothing is compiled anew for another number
             state, _ = algo.update(args, dataset, state, None)
         return jax.tree.leaves((action, state))
