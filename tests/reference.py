@@ -1,4 +1,4 @@
-"""What tests compare with: fixed inputs, what other codes computed, and the texts of the files in algos/."""
+"""What tests compare with: the networks in float64 numpy, fixed inputs, and the texts of the files in algos/."""
 
 import ast
 import functools
@@ -12,6 +12,54 @@ from conftest import ALGOS, ROOT, load_algo, small_args
 import common
 
 
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def mlp(params, *inputs, layer_norm=False):
+    """The MLP of every network, of its inputs side by side."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    x = np.concatenate([np.asarray(array, np.float64) for array in inputs], axis=-1)
+    depth = sum(name.startswith("Dense") for name in params)
+    for i in range(depth):
+        x = x @ params[f"Dense_{i}"]["kernel"] + params[f"Dense_{i}"]["bias"]
+        if i < depth - 1:
+            x = gelu(x)
+            if layer_norm:
+                x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+                x = x * params[f"LayerNorm_{i}"]["scale"] + params[f"LayerNorm_{i}"]["bias"]
+    return x
+
+
+def critics(params, obs, action):
+    """Both Q(s, a): [2, ...]."""
+    members = [jax.tree.map(lambda p, i=i: p[i], params["params"]["VmapMLP_0"]) for i in (0, 1)]
+    return np.stack([mlp(member, obs, action, layer_norm=True)[..., 0] for member in members])
+
+
+def value(params, obs):
+    return mlp(params["params"]["MLP_0"], obs, layer_norm=True)[..., 0]
+
+
+def velocity(params, obs, action, t):
+    """The network of a flow, or F of TrigFlow."""
+    return mlp(params["params"]["MLP_0"], obs, action, t)
+
+
+def policy(params, obs):
+    """The mean of a Gaussian policy, or a deterministic one's action, before tanh."""
+    return mlp({"Dense_0": params["params"]["Dense_0"]}, gelu(mlp(params["params"]["MLP_0"], obs)))
+
+
+def sample(params, obs, noise, steps, trigflow=False):
+    """Eq. 4: a_{t - dt} = a_t + dt v(a_t, t), from t = 1 to t = 0; or Eq. 8, from t = pi / 2 to t = 0."""
+    action, times = np.asarray(noise, np.float64), np.linspace(np.pi / 2 if trigflow else 1, 0, steps + 1)
+    for k, t in zip(times, times[1:]):
+        output = velocity(params, obs, action, np.full((*obs.shape[:-1], 1), k))
+        action = np.cos(k - t) * action - np.sin(k - t) * output if trigflow else action + (k - t) * output
+    return np.clip(action, -1, 1)
+
+
 def inputs(name, **changes):
     """Small arguments, a state with a random number for every parameter, 32 transitions, and a key."""
     rng, algo, args = np.random.default_rng(4), load_algo(name), small_args(name, **changes)
@@ -23,6 +71,11 @@ def inputs(name, **changes):
     obs, next_obs = rng.normal(size=(2, 32, 5))
     batch = common.Dataset(obs, action(), -rng.uniform(size=32), rng.uniform(size=32) < 0.8, next_obs, action())
     return args, state, jax.tree.map(np.float32, batch), jax.random.PRNGKey(6)
+
+
+def stacked(state):
+    """The states of one seed, [1, ...]."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[None], state)
 
 
 def parameters(state):
@@ -100,8 +153,9 @@ def definitions(name):
     return found
 
 
-def each_text(key):
-    """The first file of each text of the definition called `key`."""
-    files = {definitions(name)[key]: name for name in reversed(ALGOS) if key in definitions(name)}
-    assert files, f"no file has a {key}"  # or a test would be skipped in silence
-    return sorted(files.values())
+def each_text(key, words=""):
+    """The first file of each text of the definition called `key` that holds `words`, the equation it says it is."""
+    texts = {definitions(name)[key]: name for name in reversed(ALGOS) if key in definitions(name)}
+    names = sorted(name for text, name in texts.items() if words in text)
+    assert names, f"no file has a {key} of {words}"  # or a test would be skipped in silence
+    return names

@@ -1,4 +1,4 @@
-"""The paper's claims. (Its losses are compared with those of the authors' code and FQL's.)
+"""The paper's claims and equations, against autodiff and independent numpy.
 
 Where a test runs on `each_text`, files that share a definition letter for letter are tested once.
 """
@@ -15,9 +15,10 @@ import pytest
 import reference
 from conftest import PAIRS, load_algo, make_states, slow_except, small_args
 from pictures import learn_modes, mode_shares
-from reference import each_text, inputs
+from reference import definitions, each_text, inputs
 
 D_ALGOS = [name for _, name in PAIRS]
+CLONING = {"actor_loss": "actor", "flow_loss": "flow"}  # a loss that clones actions: its network
 
 
 def test_proposition_1():
@@ -33,7 +34,7 @@ def test_proposition_1():
     reference.assert_close(jax.jit(jax.grad(brac))(params), jax.jit(jax.grad(cloning))(params), 1e-5)
 
 
-@pytest.mark.parametrize("name", each_text("optimal_action"))
+@pytest.mark.parametrize("name", each_text("optimal_action", "Eq. 17"))
 def test_proposition_2(name):
     """The optimal action lies up the gradient of Q, at a distance whose mean over the batch is delta (Eqs. 15, 17),
     where neither safeguard acts: small actions, and no gradient much longer than the others."""
@@ -41,11 +42,12 @@ def test_proposition_2(name):
     batch = jax.tree.map(lambda array: array[:8], batch._replace(action=0.3 * batch.action))
     action, norm = load_algo(name).optimal_action(args, state, batch)
     assert np.abs(action).max() < 1
-    step = action - batch.action
+    step = np.asarray(action - batch.action, np.float64)
     np.testing.assert_allclose(np.linalg.norm(step, axis=-1).mean(), 0.3, rtol=1e-4)
 
-    q = lambda obs, action: state.critic.apply_fn(state.critic.params, obs, action).mean()
-    gradient = jax.vmap(jax.grad(q, argnums=1))(batch.obs, batch.action)
+    q = lambda a: reference.critics(state.critic.params, batch.obs, a).mean(axis=0)
+    data, moves = np.asarray(batch.action, np.float64), 1e-5 * np.eye(batch.action.shape[-1])
+    gradient = np.stack([(q(data + move) - q(data - move)) / 2e-5 for move in moves], axis=-1)
     norms = np.linalg.norm(gradient, axis=-1)
     assert norms.max() < norms.mean() + 2 * norms.std()
     np.testing.assert_allclose(norm, norms.mean(), rtol=1e-3)
@@ -118,21 +120,119 @@ def test_proposition_3(noise):
         np.testing.assert_allclose(q, value, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tanh", [False, True])
-@pytest.mark.parametrize("name", ["iql", "diql"])
-def test_advantage_weighted_regression(name, tanh):
+@pytest.mark.parametrize("name", each_text("FlowPolicy", "Eq. 4") + each_text("TrigFlowPolicy", "Eq. 8"))
+def test_sampling_against_numpy(name):
+    """Ten equal steps of Euler (Eq. 4) or DDIM (Eq. 8) from noise, clipped."""
+    args, state, batch, key = inputs(name, flow_steps=10)
+    params, trigflow = getattr(state, "flow", state.actor).params, "TrigFlowPolicy" in definitions(name)
+    action = getattr(state, "flow", state.actor).apply_fn(params, batch.obs, key, method="sample")
+    expected = reference.sample(params, batch.obs, jax.random.normal(key, action.shape), 10, trigflow)
+    assert 0.1 < (np.abs(expected) == 1).mean() < 0.9
+    np.testing.assert_allclose(action, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", each_text("max_q", "Eq. 9"))
+def test_max_q_against_numpy(name):
+    """MaxQ takes, of n policy actions, the one with the highest minimum of the two critics (Eq. 9)."""
+    args, state, batch, key = inputs(name)
+    action = load_algo(name).max_q(state, batch.obs, 5, key)
+    obs, noise = np.broadcast_to(batch.obs, (5, *batch.obs.shape)), jax.random.normal(key, (5, *batch.action.shape))
+    trigflow = "TrigFlowPolicy" in definitions(name)
+    actions = reference.sample(state.actor.params, obs, noise, args.flow_steps, trigflow)
+    q = reference.critics(state.critic.params, obs, actions).min(axis=0)
+    np.testing.assert_allclose(action, actions[q.argmax(axis=0), np.arange(len(batch.obs))], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", each_text("critic_loss", "Eq. 22") + each_text("critic_loss", "Eq. 23"))
+def test_critic_loss_against_numpy(name):
+    """The online critics choose the next action and the target ones value it (Eq. 22); Eq. 23 draws it towards the
+    data's."""
+    algo, penalty = load_algo(name), "Eq. 23" in definitions(name)["critic_loss"]
+    args, state, batch, key = inputs(name, **{"alpha_critic": 0.3} if penalty else {})
+    next_action = np.asarray(algo.max_q(state, batch.next_obs, 4, key))
+    next_q = reference.critics(state.target_critic, batch.next_obs, next_action).mean(axis=0)
+    next_q = next_q - 0.3 * penalty * ((next_action - np.asarray(batch.next_action)) ** 2).sum(axis=-1)
+    target = np.asarray(batch.reward) + 0.99 * np.asarray(batch.mask) * next_q
+    q = reference.critics(state.critic.params, batch.obs, batch.action)
+    loss, metrics = algo.critic_loss(state.critic.params, args, state, batch, key)
+    np.testing.assert_allclose(loss, ((q - target) ** 2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["q"], q.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "loss, name", [(loss, name) for loss in CLONING for name in each_text(loss, "Flow matching (Eq. 3)")]
+)
+def test_flow_matching_against_numpy(loss, name):
+    """Eqs. 3, 16 and 19: flow matching towards a or a*, alpha times the mean over batch and action dims."""
+    algo, (args, state, batch, key) = load_algo(name), inputs(name)
+    params = getattr(state, CLONING[loss]).params
+    found, metrics = getattr(algo, loss)(params, args, state, batch, key)
+    action = algo.optimal_action(args, state, batch)[0] if name in D_ALGOS else batch.action
+    assert (action != batch.action).any() == (name in D_ALGOS)
+    noise_key, time_key = jax.random.split(key)
+    noise, t = jax.random.normal(noise_key, action.shape), jax.random.uniform(time_key, (len(action), 1))
+    action, noise, t = (np.asarray(x, np.float64) for x in (action, noise, t))
+    velocity = reference.velocity(params, batch.obs, (1 - t) * action + t * noise, t)
+    mean = ((velocity - (action - noise)) ** 2).mean()
+    np.testing.assert_allclose(metrics["flow_loss"], mean, rtol=1e-5)
+    np.testing.assert_allclose(found, (300 if loss == "actor_loss" else 1) * mean, rtol=1e-5)  # FQL's flow has no alpha
+
+
+@pytest.mark.parametrize(
+    "name, tanh", [(name, tanh) for name in each_text("actor_loss", "Advantage") for tanh in (False, True)]
+)
+def test_awr_against_numpy(name, tanh):
     """Eqs. 2 and 18: the weight is the data action's, and at most 100; the action cloned is a or a*."""
     algo, (args, state, batch, _) = load_algo(name), inputs(name, alpha=10.0, tanh=tanh)
-    output = lambda network, *inputs: np.asarray(network.apply_fn(network.params, *inputs), np.float64)
-    advantage = output(state.critic, batch.obs, batch.action).min(axis=0) - output(state.value, batch.obs)
-    weight, mean = np.minimum(np.exp(10 * advantage), 100), output(state.actor, batch.obs)
-    assert (weight == 100).any() and (weight < 10).any() and (np.abs(mean).max() < 1) == tanh
+    loss, metrics = algo.actor_loss(state.actor.params, args, state, batch, None)
+    v = reference.value(state.value.params, batch.obs)
+    q = reference.critics(state.critic.params, batch.obs, batch.action).min(axis=0)
+    weight = np.minimum(np.exp(10 * (q - v)), 100)
+    assert (weight == 100).any() and (weight < 10).any()
     action = algo.optimal_action(args, state, batch)[0] if name in D_ALGOS else batch.action
-    log_prob = (-0.5 * (action - mean) ** 2 - 0.5 * np.log(2 * np.pi)).sum(axis=-1)
-    loss, _ = algo.actor_loss(state.actor.params, args, state, batch, None)
+    mean = reference.policy(state.actor.params, batch.obs)
+    mean = np.tanh(mean) if tanh else mean
+    log_prob = (-0.5 * (np.asarray(action) - mean) ** 2 - 0.5 * np.log(2 * np.pi)).sum(axis=-1)
     np.testing.assert_allclose(loss, -(weight * log_prob).mean(), rtol=1e-5)
-    acts = algo.act(args, jax.tree.map(lambda leaf: leaf[None], state), batch.obs[None], jnp.zeros((1, 32, 2)))[0]
+    np.testing.assert_allclose(metrics["awr_weight"], weight.mean(), rtol=1e-5)
+    acts = algo.act(args, reference.stacked(state), batch.obs[None], jnp.zeros((1, 32, 2)))[0]
     np.testing.assert_allclose(acts, np.clip(mean, -1, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", each_text("actor_loss", "TrigFlow (Eq. 6)") + each_text("actor_loss", "Eq. 20"))
+def test_trigflow_losses_against_numpy(name):
+    """Eqs. 5-7, 20 and 21: a_t = cos(t) a + sin(t) z, t in [0, pi / 2], f = cos(t) a_t - sin(t) F(a_t, t)."""
+    algo, (args, state, batch, key) = load_algo(name), inputs(name, alpha=3.0)
+    loss, metrics = algo.actor_loss(state.actor.params, args, state, batch, key)
+    action = algo.optimal_action(args, state, batch)[0] if name in D_ALGOS else batch.action
+    noise_key, time_key = jax.random.split(key)
+    noise, t = jax.random.normal(noise_key, action.shape), jax.random.uniform(time_key, (len(action), 1)) * np.pi / 2
+    action, noise, t = (np.asarray(x, np.float64) for x in (action, noise, t))
+    noisy = np.cos(t) * action + np.sin(t) * noise
+    denoised = np.cos(t) * noisy - np.sin(t) * reference.velocity(state.actor.params, batch.obs, noisy, t)
+    mean = ((denoised - action) ** 2).mean()
+    np.testing.assert_allclose(metrics["diffusion_loss"], mean, rtol=1e-5)
+    assert (np.abs(denoised) > 1).any()  # Q sees it as it is
+    climbs = "Eq. 20" in definitions(name)["actor_loss"]
+    q = reference.critics(state.critic.params, batch.obs, denoised).min(axis=0).mean() if climbs else 0
+    np.testing.assert_allclose(loss, 3 * mean - q, rtol=1e-5)
+    at_0 = state.actor.apply_fn(state.actor.params, batch.obs, batch.action, 0 * t, method="denoise")
+    np.testing.assert_array_equal(at_0, batch.action)
+
+
+def test_bptt_against_numpy():
+    """Eq. 10: through all ten flow steps, the clip and the critics. (The gradient is compared with the authors'.)"""
+    args, state, batch, key = inputs("mfql_bptt", alpha=2.0, flow_steps=10)
+    sample_key, noise_key, time_key = jax.random.split(key, 3)
+    action = np.asarray(batch.action, np.float64)
+    start, noise = (np.asarray(jax.random.normal(k, action.shape), np.float64) for k in (sample_key, noise_key))
+    t = np.asarray(jax.random.uniform(time_key, (len(action), 1)), np.float64)
+    sample = reference.sample(state.actor.params, batch.obs, start, 10)
+    assert 0.1 < (np.abs(sample) == 1).mean() < 0.9  # some actions are clipped
+    q = reference.critics(state.critic.params, batch.obs, sample).mean(axis=0)
+    velocity = reference.velocity(state.actor.params, batch.obs, (1 - t) * action + t * noise, t)
+    loss, _ = load_algo("mfql_bptt").actor_loss(state.actor.params, args, state, batch, key)
+    np.testing.assert_allclose(loss, 2.0 * ((velocity - (action - noise)) ** 2).mean() - q.mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", each_text("GaussianPolicy") + each_text("DeterministicPolicy"))
@@ -173,6 +273,25 @@ def test_an_update_calls_networks_as_often_as_figure_2_says(name, monkeypatch):
     jax.eval_shape(functools.partial(algo.update, args), jax.tree.map(jnp.asarray, dataset), state, None)
     ways = [f"{way} {kind}" for way in ("forward", "backward") for kind in ("policy", "value")]
     assert tuple(calls[way] for way in ways) == CALLS[name]
+
+
+@pytest.mark.parametrize("steps, rtol", [(10, 0.15), (200, 0.01)])
+def test_ddim_with_the_exact_network_of_a_gaussian_recovers_it(steps, rtol, monkeypatch):
+    """F* = E[cos(t) z - sin(t) a_0 | a_t] for a_0 ~ N(0.2, 0.5^2); DDIM maps noise to mean + std noise."""
+    mean, std, times = 0.2, 0.5, []
+
+    def exact(self, obs, action, t):
+        times.append(float(t[0, 0]))
+        excess = (action - jnp.cos(t) * mean) / ((std * jnp.cos(t)) ** 2 + jnp.sin(t) ** 2)
+        return jnp.cos(t) * jnp.sin(t) * excess - jnp.sin(t) * (mean + std**2 * jnp.cos(t) * excess)
+
+    policy = load_algo("trigflow").TrigFlowPolicy
+    monkeypatch.setattr(policy, "__call__", exact)
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.array([[-1.0], [0.0], [1.0]]))
+    low, middle, high = policy((), 1, steps).apply({}, jnp.zeros((3, 1)), None, method="sample")[:, 0]
+    np.testing.assert_allclose(times, np.linspace(np.pi / 2, 0, steps, endpoint=False), atol=1e-5)
+    np.testing.assert_allclose(middle, mean, rtol=rtol)
+    np.testing.assert_allclose((high - low) / 2, std, rtol=rtol)
 
 
 @pytest.mark.slow

@@ -188,3 +188,14 @@ def test_the_authors_curves_end_in_the_papers_tables():
     paper = pd.read_csv(report.RESULTS / "paper.csv").set_index(keys)["mean"]
     off = (authors.groupby(keys)["mean"].mean() - paper).dropna()["table1":"table2"].abs()
     assert (len(off), (off < 0.501).sum(), (off < 1.001).sum()) == (90, 73, 83)
+
+
+def test_a_panel_of_single_seeds_is_not_beside_one_of_several(tmp_path, monkeypatch):
+    figures, seeds = [], {"mfql": 2, "dmfql": 2, "fql": 1, "mfrebrac": 2, "dmfrebrac": 2, "rebrac_tanh": 1}
+    runs = [{"column": column, "seed": seed} for column, count in seeds.items() for seed in range(count)]
+    rows = pd.DataFrame(runs).assign(task="scene-play", step=100_000, score=50.0, unit="% success", num_updates=10**6)
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    report.draw("", rows.assign(changed=np.nan, data="", mean=66.0, min=16.0, max=98.0), tmp_path / "one.png")
+    panels = [(axis.get_subplotspec().rowspan.start, axis.get_title()) for axis in figures[0].axes]
+    names = ["mfql and dmfql", "mfrebrac and dmfrebrac", "fql and rebrac_tanh"]
+    assert panels == [(row, f"scene-play\n{pair}") for row, pair in zip((0, 0, 1), names)]
