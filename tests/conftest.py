@@ -8,7 +8,6 @@ import signal
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # also where there is a GPU, unless it is asked for
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # much is compiled, little computed
 
-import gymnasium
 import h5py
 import jax
 import jax.numpy as jnp
@@ -49,12 +48,6 @@ def make_states(name, args, dataset):
     return jax.jit(jax.vmap(init))(jnp.array(args.seeds, jnp.uint32))
 
 
-def assert_same(found, expected, assert_equal=np.testing.assert_array_equal):
-    """Compares two trees of arrays leaf by leaf."""
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert_equal(np.asarray(a), np.asarray(b))
-
-
 class LocalEnvironments(common.Slots):
     """`common.Environments` in this process."""
 
@@ -69,32 +62,25 @@ class LocalEnvironments(common.Slots):
         pass
 
 
-def random_episodes(env):
-    """Rows of two random episodes under D4RL's keys: {key: [steps, ...]}."""
-    rng, space = np.random.default_rng(0), env.action_space
-    rows = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    for seed in range(2):
-        (obs, _), over = env.reset(seed=seed), False
-        while not over:
-            action = rng.uniform(space.low, space.high)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            for key, value in zip(rows, (obs, action, reward, terminated, truncated)):
-                rows[key].append(value)
-            obs, over = next_obs, terminated or truncated
-    return {key: np.array(values) for key, values in rows.items()}
+def random_rows(obs_dim, action_dim, largest):
+    """Rows of two episodes of 200 steps, of random numbers."""
+    rng = np.random.default_rng(0)
+    rows = {"observations": rng.normal(size=(400, obs_dim)), "rewards": rng.normal(size=400)}
+    return rows | {"actions": rng.uniform(-largest, largest, (400, action_dim))}, np.arange(400) % 200 == 199
 
 
-def record_hand(hand, path):
-    """Writes random episodes of one of Adroit's hands as D4RL's files are."""
+def write_hand(hand, path):
+    """Writes such rows as D4RL's files are."""
+    rows, ends = random_rows(adroit.HANDS[hand].obs_dim, adroit.HANDS[hand].action_dim, 1)
     with h5py.File(path, "w") as file:
-        for key, values in random_episodes(adroit.make_env(hand)).items():
+        for key, values in (rows | {"terminals": 0 * ends, "timeouts": ends}).items():
             file[key] = values
 
 
-def record_pendulum(path):
-    """Writes random episodes of gymnasium's pendulum as a user's own file is."""
-    rows = random_episodes(gymnasium.make("Pendulum-v1"))
-    np.savez(path, **rows | {"masks": 1.0 - rows["terminals"], "terminals": rows.pop("timeouts")})
+def write_pendulum(path):
+    """Writes such rows as a user's own file is."""
+    rows, ends = random_rows(3, 1, 2)
+    np.savez(path, **rows, terminals=ends, masks=np.ones(400))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -115,13 +101,3 @@ def home(tmp_path_factory):
 def data_path(home):
     """A few generated episodes."""
     return pathlib.Path(common.load_dataset(common.load_task(TASK), None, EPISODES)[1]["path"])
-
-
-@pytest.fixture(scope="session")
-def dataset(data_path):
-    return jax.tree.map(jnp.asarray, common.load_dataset(common.load_task(TASK), str(data_path))[0])
-
-
-@pytest.fixture(scope="session")
-def batch(dataset):
-    return common.sample_batch(dataset, jax.random.PRNGKey(5), 32)

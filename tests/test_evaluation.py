@@ -43,12 +43,12 @@ def test_the_numbers_do_not_depend_on_the_workers():
     assert held[1] == held[2] == held[0]  # by the first, the server that starts the processes
 
 
-@pytest.mark.parametrize("task, action_dim", [("antmaze-large-navigate", 8), ("Pendulum-v1", 1)])
-def test_an_episode_starts_by_its_numbers_alone(task, action_dim):
-    """By eval_seed, the training seed, the update and its own number; not by the policy, or who else is evaluated."""
-    environments = LocalEnvironments(common.load_task(task, "data.npz"), 2, 1)
-    broken = lambda obs, keys: np.full((*obs.shape[:2], action_dim), np.nan)  # its episodes end at once
-    still = lambda obs, keys: np.zeros((*obs.shape[:2], action_dim))
+def test_an_episode_starts_by_its_numbers_alone():
+    """By eval_seed, the training seed, the update and its own number; not by the policy, or who else is evaluated. Here
+    where an environment draws from np.random and from its own generator."""
+    environments = LocalEnvironments(common.load_task("antmaze-large-navigate"), 2, 1)
+    broken = lambda obs, keys: np.full((*obs.shape[:2], 8), np.nan)  # its episodes end at once
+    still = lambda obs, keys: np.zeros((*obs.shape[:2], 8))
     scores, starts, _ = watch(environments, (5, 6), 3, broken)
     assert np.isnan(scores).all() and starts.shape[:3] == (3, 2, 1)  # episodes, seeds, slots
     assert len(np.unique(starts.reshape(6, -1), axis=0)) == 6
@@ -130,20 +130,12 @@ def test_an_episode_repeats_exactly(task):
     np.testing.assert_array_equal(*runs)
 
 
-class Drawing:
-    """An environment, so far as `common.Slots` asks for one, that draws from np.random when it is reset and stepped."""
-
-    unwrapped = None
-
-    def reset(self, seed):
-        return np.random.uniform(size=2), {}
-
-    def step(self, action):
-        return np.random.uniform(size=2), 0.0, False, False, {}
-
-
 def test_an_episode_draws_the_same_whoever_its_neighbours_are():
-    task = types.SimpleNamespace(make_env=Drawing)
+    """Where an environment draws from np.random when it is reset and stepped."""
+    draw = lambda *more: (np.random.uniform(size=2), *more)
+    env = types.SimpleNamespace(unwrapped=None, reset=lambda seed: draw({}))
+    env.step = lambda action: draw(0.0, False, False, {})
+    task = types.SimpleNamespace(make_env=lambda: env)
     alone, together = common.Slots(task, [1]), common.Slots(task, [0, 1])
     for other, command in [(7, 3), (np.zeros(5), np.zeros(5)), (np.zeros(5), np.zeros(5))]:
         obs, answers = alone.step({1: command})[1][0], together.step({0: other, 1: command})
@@ -152,22 +144,21 @@ def test_an_episode_draws_the_same_whoever_its_neighbours_are():
 
 
 class Faulty(gymnasium.Wrapper):
-    """A pendulum whose third step, in the episode that starts from `seed`, kills its process or gives a NaN."""
+    """A pendulum whose first step, in the episode that starts from `seed`, kills its process or gives a NaN."""
 
     def __init__(self, how, seed):
         super().__init__(PENDULUM.make_env())
         self.how, self.seed = how, seed
 
     def reset(self, seed):
-        self.steps_to_go = 3 if seed == self.seed else 1000
+        self.faulty = seed == self.seed
         return self.env.reset(seed=seed)
 
     def step(self, action):
-        self.steps_to_go -= 1
-        obs, reward, *rest = self.env.step(action)
-        if not self.steps_to_go and self.how == "killed":
+        if self.faulty and self.how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        return obs if self.steps_to_go else np.nan * obs, reward, *rest
+        obs, *rest = self.env.step(action)
+        return np.where(self.faulty, np.nan, obs), *rest
 
 
 NOTEBOOK = """
@@ -190,25 +181,20 @@ with common.Environments(common.load_task("Mine-v0", "data.npz"), 1, 2, 1) as en
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["", "f" * 60])
-def test_an_environment_of_a_notebooks_own_is_found_by_the_workers(folder, tmp_path):
-    """Its class is in no file. And TMPDIR may be so long that no socket can be made there."""
-    (tmp_path / folder).mkdir(exist_ok=True)
-    env = os.environ | {"TMPDIR": str(tmp_path / folder), "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", NOTEBOOK], env=env, cwd=tmp_path, capture_output=True, text=True)
+def test_an_environment_of_a_notebooks_own_is_found_by_the_workers(tmp_path):
+    """Its class is in no file. And TMPDIR is so long that no socket can be made there."""
+    folder = tmp_path / ("f" * 60)
+    folder.mkdir()
+    env = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", NOTEBOOK], env=env, cwd=folder, capture_output=True, text=True)
     assert run.stdout == "[[3. 3.]]\n", run.stderr
 
 
 def test_what_is_done_to_ogbenchs_simulator_is_done_to_no_other():
     """Which remembers the episode before, and may forget it."""
-
-    class Mine(gymnasium.Env):
-        def reset(self, seed=None, options=None):
-            return np.zeros(1), {}
-
-    ogbenchs, mine = common.load_task(TASK).make_env(), Mine()
+    ogbenchs, mine = common.load_task(TASK).make_env(), types.SimpleNamespace(reset=lambda seed: (np.zeros(1), {}))
     ogbenchs.reset()
-    mine._data = ogbenchs.unwrapped._data
+    mine.unwrapped, mine._data = mine, ogbenchs.unwrapped._data
     for env, left in ((mine, 1), (ogbenchs, 0)):
         env.unwrapped._data.qacc_warmstart[:] = 1
         common.reset_env(env, 3)

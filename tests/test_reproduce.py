@@ -162,7 +162,7 @@ def test_a_job_of_slurm_saves_and_is_queued_again_when_its_time_is_up(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_grid_from_end_to_end(home, tmp_path):
+def test_a_grid_from_end_to_end(data_path, tmp_path):
     """One run can be, one cannot. The first is filmed: its last evaluation again."""
 
     def start(script, *words):
@@ -177,11 +177,16 @@ def test_a_grid_from_end_to_end(home, tmp_path):
     assert "FAILED 1   runs/paper/antmaze-large-navigate/mfql  error: " in done.stdout
     out = start("reproduce.py", "--dry-run", *grid).stdout
     assert out.startswith("1 of 2 runs to do") and "\nfinished " in out and "\nnew " in out
+    folder = tmp_path / "runs" / "paper" / TASK / "mfql"
+    log = folder.with_suffix(".log").read_text()
+    assert f"mfql on {TASK}, scored by % success in cube-single-singletask-v0\n" in log
+    assert f"  data    {data_path}\n          generated, 3,000 transitions" in log and "16, 18, 20 updates" in log
+    args = json.loads((folder / "args.json").read_text())["args"]
+    assert args | dict(num_samples=2, alpha=300) == args
     try:
         common.rendering_backend()
     except common.Error:
         pytest.skip("nothing here can draw")
-    folder = tmp_path / "runs" / "paper" / TASK / "mfql"
     out = start("evaluate.py", folder, "--capture-video").stdout
     (score,) = [float(row["score"]) for row in read_rows(folder / "episodes.csv")[-2:] if row["seed"] == "5"]
     assert re.findall(r"episode-0.mp4: score (.*)", out) == [f"{score:.1f}"]

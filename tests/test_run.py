@@ -14,7 +14,7 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
-from conftest import ALGOS, FILES, ROOT, TASK, LocalEnvironments, load_algo, record_hand, record_pendulum
+from conftest import ALGOS, FILES, ROOT, LocalEnvironments, load_algo, write_hand, write_pendulum
 
 import adroit
 import common
@@ -40,22 +40,24 @@ def finish(process):
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def decoys(tmp_path_factory):
-    """A folder for PYTHONPATH with another checkout's modules, which nothing may import."""
+    """On PYTHONPATH are another checkout's modules, which nothing may import."""
     folder = tmp_path_factory.mktemp("decoys")
     for name in ("common", "run", "adroit"):
         (folder / f"{name}.py").write_text("raise ImportError('another checkout')")
-    return str(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, decoys):
+def whole(tmp_path_factory):
     """An uninterrupted run: its folder and what it printed. Of four devices, its two seeds take two, one each."""
     cwd = tmp_path_factory.mktemp("whole")
-    record_pendulum(cwd / "data.npz")
+    write_pendulum(cwd / "data.npz")
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
-    out = finish(start(PENDULUM, cwd, PYTHONPATH=decoys, XLA_FLAGS=flags))
+    out = finish(start(PENDULUM, cwd, XLA_FLAGS=flags))
     return cwd / re.search(r"folder  (\S+)", out)[1], out
 
 
@@ -73,44 +75,16 @@ def test_what_a_run_prints_and_writes(whole):
     steps = range(1000, 10001, 1000)
     assert [(row["step"], row["seed"]) for row in evals] == [(str(step), seed) for step in steps for seed in "56"]
     assert len(episodes) == 40
-    for row in evals:
-        mine = [float(e["score"]) for e in episodes if (e["step"], e["seed"]) == (row["step"], row["seed"])]
-        np.testing.assert_allclose(float(row["score"]), np.mean(mine), rtol=1e-5)
     last = [float(row["score"]) for row in evals[-2:]]
     assert out.count(" return (seed 5 ") == 10
     assert f"\nscore: {np.mean(last):.1f} +- {np.std(last):.1f} return\n" in out and last[0] != last[1]
 
 
-ENDS = {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
-STOPS = {  # signal, whom it reaches, what the run does then
-    "terminal": ["SIGKILL process training", "SIGINT group training", "SIGHUP group evaluation"],
-    "scheduler": ["SIGKILL process evaluation", "SIGTERM process training", "SIGTERM group evaluation"],
-}
+STOPS = {"group": ("SIGINT", "SIGHUP"), "process": ("SIGTERM", "SIGKILL")}  # whom they reach
 
 
-def stop(process, folder, begun_at, name, target, phase):
-    """Sends the signal in that phase after the step `begun_at`, and returns the step. A run that trains is then two
-    chunks away from its evaluation. (A chunk is of 250 updates, a tenth of 1000.)"""
-    last_step = lambda csv: int(([{"step": 0}] + read_rows(folder / csv))[-1]["step"])
-    done = (250, 500) if phase == "training" else (0,)
-    there = lambda: (
-        last_step("train.csv") > max(begun_at, last_step("eval.csv")) and last_step("train.csv") % 1000 in done
-    )
-    found = False
-    while not found:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-        if there():
-            process.send_signal(signal.SIGSTOP)  # it stands still while that is made sure of
-            if not (found := there()):
-                process.send_signal(signal.SIGCONT)
-    (os.killpg if target == "group" else os.kill)(process.pid, getattr(signal, name))
-    process.send_signal(signal.SIGCONT)
-    return last_step("train.csv")
-
-
-@pytest.mark.parametrize("kind", STOPS)
-def test_a_run_that_is_stopped_goes_on_to_the_same_end(kind, whole, decoys, tmp_path):
+@pytest.mark.parametrize("target", STOPS)
+def test_a_run_that_is_stopped_goes_on_to_the_same_end(target, whole, tmp_path):
     """By the command that it prints; the checkpoint and every CSV are then those of the run that was never stopped,
     though that one had more devices."""
     cwd = tmp_path / "mein Ordner"
@@ -118,19 +92,24 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(kind, whole, decoys, tmp_
     shutil.copy(whole[0].parents[3] / "data.npz", cwd)
     folder, command = cwd / "zweiter Läufer", f"{PENDULUM} --folder 'zweiter Läufer'"
     again = f"{os.path.relpath(ROOT, cwd)}/algos/dmfql.py --resume 'zweiter Läufer'"
-    begun_at = 0
-    for name, target, phase in map(str.split, STOPS[kind]):
-        process = start(command, cwd, PYTHONPATH=decoys)
-        begun_at = stop(process, folder, begun_at, name, target, phase)
+    last_step = lambda: int(([{"step": 0}] + read_rows(folder / "train.csv"))[-1]["step"])
+    for name, step in zip(STOPS[target], (2250, 5000)):  # with a chunk to train next, and with an evaluation
+        process = start(command, cwd)
+        while last_step() < step:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        (os.killpg if target == "group" else os.kill)(process.pid, getattr(signal, name))
         out, err = process.communicate(timeout=300)
-        assert process.returncode == ENDS[name] and "Traceback" not in err, err
-        if name == "SIGKILL":  # two lines of what outran the checkpoint, the second cut short
-            with open(folder / "train.csv", "a") as file:
+        if name == "SIGKILL":
+            assert process.returncode == -signal.SIGKILL
+            with open(
+                folder / "train.csv", "a"
+            ) as file:  # two lines of what outran the checkpoint, the second cut short
                 file.write("9999,5,0,0.1,0.1,0.1,0.1\n9999,6,0.")
         else:
-            step = load_run(folder)[2]
-            assert out.splitlines()[-1] == f"stopped at update {step:,}; go on by: python {again}"
-            assert step >= begun_at and step % 1000 if phase == "training" else step < begun_at, step
+            assert process.returncode == 128 + getattr(signal, name) and "Traceback" not in err, err
+            said = f"stopped at update {load_run(folder)[2]:,}; go on by: python {again}"
+            assert out.splitlines()[-1] == said
         command, left = again, True
         for _ in range(600):  # the workers end by themselves
             if left := subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
@@ -143,10 +122,10 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(kind, whole, decoys, tmp_
     assert not list(folder.glob("*.tmp"))
 
 
-def test_policies_played_again_score_what_they_scored(whole, decoys):
+def test_policies_played_again_score_what_they_scored(whole):
     """The run's last evaluation, episode by episode, by other workers; and with one sample, other numbers."""
     folder, _ = whole
-    finish(start(f"{ROOT}/scripts/evaluate.py {folder} --num-samples 2 1 --num-workers 3", folder, PYTHONPATH=decoys))
+    finish(start(f"{ROOT}/scripts/evaluate.py {folder} --num-samples 2 1 --num-workers 3", folder))
     last, again = read_rows(folder / "eval.csv")[-2:], read_rows(folder / "num_samples.csv")
     assert [(row["num_samples"], row["seed"]) for row in again] == [("2", "5"), ("2", "6"), ("1", "5"), ("1", "6")]
     assert [row["score"] for row in again[:2]] == [row["score"] for row in last]
@@ -173,7 +152,7 @@ def test_every_script_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(adroit.HANDS, hand, adroit.HANDS[hand]._replace(horizon=5))
     monkeypatch.setattr(common, "Environments", LocalEnvironments)
     monkeypatch.chdir(tmp_path)
-    record_hand(hand, "data.hdf5")
+    write_hand(hand, "data.hdf5")
     flags = f"--env-name {hand}-expert-v1 --dataset-path data.hdf5 --num-updates 20 --eval-episodes 2 --folder run"
     small = SMALL if hasattr(load_algo(name).Args, "flow_steps") else SMALL.replace(" --flow-steps 2", "")
     for attribute, value in (("argv", ["x.py", *flags.split(), *small.split()]), ("path", [*sys.path])):
@@ -185,16 +164,6 @@ def test_every_script_runs(name, tmp_path, monkeypatch, capsys):
     assert f"score: {float(last['score']):.1f} normalized return\n" in out
     assert "  one seed scored by the mean of its evaluations at 20 updates\n" in out  # the last evaluation alone
     assert np.isfinite([float(row["score"]) for row in read_rows(tmp_path / "run" / "episodes.csv")]).sum() == 20
-
-
-def test_ogbench(data_path, tmp_path):
-    """The first command of the README in small; each value that the paper has is taken and recorded."""
-    flags = "--generate-episodes 3 --num-updates 20 --eval-episodes 1 --folder run"
-    out = finish(start(f"{ROOT}/algos/dmfql.py --env-name {TASK} {flags} {SMALL}", tmp_path))
-    assert f"dmfql on {TASK}, scored by % success in cube-single-singletask-v0\n" in out
-    assert f"  data    {data_path}\n          generated, 3,000 transitions" in out and "16, 18, 20 updates" in out
-    args = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
-    assert args | dict(num_samples=2, alpha=300, delta=0.03) == args
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path):
