@@ -267,6 +267,8 @@ class Run:
             raise Error(f"every seed diverged by update {step:,} (see {self.folder / 'train.csv'}): "
                         f"lower --learning-rate, or the data's rewards")  # fmt: skip
         self.training = step % self.eval_interval != 0
+        if self.stop and not self.training:
+            self.leave()
 
     def log_scores(self, step: int, scores: np.ndarray):
         """Records an evaluation, the scores [seeds, episodes]."""
@@ -302,7 +304,7 @@ class Run:
 
     def ask_to_stop(self, number, frame):
         """Handles Ctrl-C, SIGTERM and SIGHUP: a run that is training saves at its chunk's end and leaves; one that
-        evaluates, or has not begun, leaves at once with its last checkpoint. The second signal ends the program."""
+        evaluates, or is about to, leaves at once with its last checkpoint. The second signal ends the program."""
         self.stop = number
         signal.signal(number, signal.SIG_DFL)
         if not self.training:

@@ -163,14 +163,18 @@ STOPS["exception"] = Exception, "^error: no more$"
 
 
 @pytest.mark.parametrize("how", STOPS)
-@pytest.mark.parametrize("where", ["step", "train"])
-def test_a_run_that_was_stopped_goes_on_in_the_same_process(how, where, go_on, handlers, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "owner, where, calls, saved",  # a chunk of updates is finished, an evaluation is given up, or not begun
+    [(LocalEnvironments, "step", 4, "0"), (ALGO, "train", 4, "1,250"), (ALGO, "train", 5, "1,000")],
+)
+def test_a_run_that_was_stopped_goes_on_in_the_same_process(
+    how, owner, where, calls, saved, go_on, handlers, monkeypatch, capsys
+):
     """As in a notebook whose kernel is interrupted, or a search that catches what a trial raises: nothing is held."""
-    owner, count = {"step": LocalEnvironments, "train": ALGO}[where], iter(range(1000))
-    call = getattr(owner, where)
+    count, call = iter(range(1000)), getattr(owner, where)
 
     def interrupted(*args):
-        if next(count) == 4:
+        if next(count) == calls:
             if how == "exception":
                 raise common.Error("no more")
             os.kill(os.getpid(), getattr(signal, how))
@@ -180,7 +184,6 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(how, where, go_on, h
         assert {number: signal.getsignal(number) for number in handlers} == handlers
         with filelock.FileLock("run/.lock", timeout=0):
             pass
-        saved = {"step": "0", "train": "1,250"}[where]  # an evaluation is given up, a chunk of updates is finished
         assert how == "exception" or f"stopped at update {saved}; go on by: python " in capsys.readouterr().out
 
     monkeypatch.setattr(owner, where, interrupted)

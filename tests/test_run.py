@@ -102,9 +102,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(target, whole, tmp_path):
         out, err = process.communicate(timeout=300)
         if name == "SIGKILL":
             assert process.returncode == -signal.SIGKILL
-            with open(
-                folder / "train.csv", "a"
-            ) as file:  # two lines of what outran the checkpoint, the second cut short
+            with open(folder / "train.csv", "a") as file:  # what outran the checkpoint, the second line cut short
                 file.write("9999,5,0,0.1,0.1,0.1,0.1\n9999,6,0.")
         else:
             assert process.returncode == 128 + getattr(signal, name) and "Traceback" not in err, err
