@@ -51,7 +51,7 @@ class Args:
     dataset_path: str | None = None  # file to train on, in place of the published one
     generate_episodes: int | None = None  # train on that many episodes made here by OGBench's oracles
     folder: str | None = None  # where the run is recorded (None: runs/<task>/<algorithm>/<time>)
-    resume: str | None = None  # folder of the run to go on with, in place of all other flags
+    resume: str | None = None  # folder of the run to go on with; of other flags only dataset_path, where it moved
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "doal"  # W&B project
     capture_video: bool = False  # film four episodes at the end (mp4, in the run's folder)
@@ -204,7 +204,7 @@ def main(args):
     ):
         init_seed = functools.partial(init, args, dataset.obs.shape[-1], dataset.action.shape[-1])
         step, states = run.restore(jax.jit(jax.vmap(init_seed))(jnp.array(args.seeds, jnp.uint32)))
-        dataset, states = common.place(dataset, states)  # each has all data, and its share of the seeds
+        dataset, states = common.place(dataset, states)  # each device has all data and a share of the seeds
         while step < args.num_updates:
             states, metrics = train(args, run.chunk, dataset, states)
             step += run.chunk

@@ -87,7 +87,8 @@ def main(args: Args):
                 scores = common.evaluate(policy, envs, seeds, step, run.eval_episodes, run.eval_seed).mean(axis=1)
                 rows = zip(seeds, scores)
                 append_rows(path, [{"step": step, "seed": s, "num_samples": n, "score": f"{x:.6g}"} for s, x in rows])
-                print(f"{n} samples: {scores.mean():.1f} +- {scores.std():.1f} {task.unit}", flush=True)
+                spread = f" +- {scores.std():.1f}" if len(seeds) > 1 else ""
+                print(f"{n} samples: {scores.mean():.1f}{spread} {task.unit}", flush=True)
     if args.capture_video:  # the first seed's first episodes; the policy acts for all seeds
         policy = lambda obs, keys: module.act(run, states, *(np.repeat(x, len(seeds), axis=0) for x in (obs, keys)))[:1]
         warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once

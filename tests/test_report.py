@@ -4,7 +4,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -217,3 +221,16 @@ def test_how_a_run_is_evaluated_changes_its_scores_and_no_norm(tmp_path, monkeyp
     record_run(pathlib.Path("runs", "one"), expand(selection, flags)[0], (1,), chunk=250)
     changed = report.collect(selection, flags).groupby("table").changed.first()
     assert dict(changed) == {"table2": "num_updates 5000, eval_episodes 1", "figure3": ""}
+
+
+def test_a_report_is_made_under_a_notebooks_backend_and_another_locale(tmp_path):
+    shutil.copytree(report.RESULTS / "curves", tmp_path / "results" / "curves")
+    (tmp_path / "results" / "curves" / "README.md").unlink()
+    env = os.environ | {
+        "MPLBACKEND": "module://not_there",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    subprocess.run([sys.executable, report.__file__, "--name", "curves"], cwd=tmp_path, env=env, check=True)
+    assert "mean ± standard deviation" in (tmp_path / "results" / "curves" / "README.md").read_text("utf-8")
