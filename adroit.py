@@ -1,6 +1,6 @@
 """D4RL's Adroit tasks (d4rl 1.1) on today's Python: environments, scores and datasets without the d4rl package.
 
-The physics is gymnasium-robotics', whose four hands are d4rl's own models. What that library changed is changed back:
+The physics is that of gymnasium-robotics, whose four hands are d4rl's. What that library changed is changed back:
 
     reward           the palm's distance to door handle, hammer or ball is a cost (there the sign is flipped)
     termination      dropping the pen ends the episode (there it never ends)
@@ -46,7 +46,7 @@ def pen_reward(data: Any) -> float:
 
 
 def door_reward(data: Any) -> float:
-    """Bring the palm to the handle (m), turn the hinge to 90 degrees (rad); bonuses as the door opens."""
+    """Bring the palm to the handle (m) and turn the hinge to 90 degrees (rad); bonuses as the door opens."""
     hinge = float(data.joint("door_hinge").qpos[0])
     reward = -0.1 * _distance(data.site("S_grasp").xpos, data.site("S_handle").xpos)
     reward -= 0.1 * (hinge - 1.57) ** 2

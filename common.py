@@ -27,7 +27,7 @@ import urllib.request
 import zipfile
 
 os.environ.setdefault("MUJOCO_GL", "disabled")  # keeps OpenGL out of processes that draw nothing
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run needs 2 GB of a GPU, so that several share one
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run needs 2 GB of a GPU, so several can share one
 
 import filelock
 import gymnasium
@@ -84,11 +84,11 @@ PAPER = {task: dict(zip(COLUMNS, row, strict=True)) for task, row in TABLE.items
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task has data to learn from and an environment that scores what was learned. This one is the user's own, of any
-    gymnasium environment; OGBench's and D4RL's are below.
+    """A task has data to learn from and an environment that scores what was learned. This class is for a user's own
+    gymnasium environment; OGBench's and D4RL's tasks are below.
 
     Its file is an .npz of rows: observations, actions, rewards, masks (1 - terminal) and terminals (1 in the last row
-    of each episode, from which no transition starts). With next_observations, each row is a transition.
+    of each episode, where no transition starts). With next_observations, each row is a transition.
     """
 
     name: str  # as --env-name gives it
@@ -97,12 +97,12 @@ class Task:
     paper: dict = dataclasses.field(default_factory=dict)  # its row of PAPER
     spec: gymnasium.envs.registration.EnvSpec | None = None  # of the user's own, which workers may not have registered
 
-    num_updates = None  # the paper's number of gradient steps
+    num_updates = None  # the paper's number of updates
     unit = "return"  # of a score
-    scored_from = 1.0  # a run's score is the mean of its evaluations from this part of it on
+    scored_from = 1.0  # a run's score is the mean of its evaluations from this fraction of its updates on
     keys = ("rewards",)  # of the file, besides observations, actions and terminals
     url = ""  # of the folder that has the published file
-    folder = ("", "")  # where it is kept: the environment variable that says so, and the default
+    folder = ("", "")  # where it is kept: the environment variable that says it, and the default
 
     def make_env(self, **kwargs) -> gymnasium.Env:
         """The environment whose episodes are the score; actions in [-1, 1]."""
@@ -112,17 +112,17 @@ class Task:
         return gymnasium.wrappers.TransformAction(env, rescale, gymnasium.spaces.Box(-1, 1, space.shape))
 
     def score(self, episode_return: float, info: dict) -> float:
-        """An episode's score, of its return and its last step's info."""
+        """An episode's score, from its return and its last step's info."""
         return episode_return
 
     def load(self, path: pathlib.Path) -> "Dataset":
-        """The transitions of a file as numpy arrays. Raises ValueError, naming the file, if it is not whole."""
+        """The transitions of a file as numpy arrays. Raises ValueError, naming the file, if it is unusable."""
         raw = read_npz(path, self, self.make_env().env)
         raw.setdefault("masks", 1 - raw["terminals"])
         dataset = to_transitions(raw)
         if "next_observations" in raw and 2 * len(dataset.obs) <= len(raw["terminals"]):
-            raise ValueError(f"{path} has a next action in less than half of its rows: an episode's must follow each "
-                             f"other, the next_observations of one being the observations of the next")  # fmt: skip
+            raise ValueError(f"{path} has a next action in less than half of its rows: an episode's must be in "
+                             f"order, the next_observations of one being the observations of the next")  # fmt: skip
         if raw["rewards"].any() and not dataset.reward.any() or dataset.mask.all() and not raw["masks"].all():
             raise ValueError(f"{path} has rewards or zero masks (by default 1 - terminals) only in the last rows of "
                              f"episodes, where no transition starts without next_observations and mask 0")  # fmt: skip
@@ -130,14 +130,14 @@ class Task:
 
 
 class OGBench(Task):
-    """One of OGBench's single tasks, scored by success, on data that it relabels with the task's rewards and masks."""
+    """An OGBench single task, scored by success. OGBench relabels the data with the task's rewards and masks."""
 
     num_updates, unit, scored_from, keys = 1_000_000, "% success", 0.8, ("qpos",)
     url = "https://rail.eecs.berkeley.edu/datasets/ogbench"
     folder = ("OGBENCH_DATASET_DIR", "~/.ogbench/data")
 
     def make_env(self, **kwargs) -> gymnasium.Env:
-        """OGBench 1.2 judges success at s; the paper's version judged s', so that is asked for."""
+        """OGBench 1.2 judges success at s by default; here it is judged at s', as in the version the paper used."""
         import ogbench  # noqa: F401 (registers its environments)
 
         return gymnasium.make(self.env_id, success_timing="post", disable_env_checker=True, **kwargs)
@@ -173,7 +173,7 @@ class D4RL(Task):
 
 
 def check_env(env: gymnasium.Env):
-    """Raises ValueError if `env`, by its spaces, a reset and a step, is none that evaluation can play."""
+    """Raises ValueError if its spaces, a reset and a step show that evaluation cannot play `env`."""
     space, actions = env.observation_space, env.action_space
     for name, each in (("observations", space), ("actions", actions)):
         if not isinstance(each, gymnasium.spaces.Box) or len(each.shape) != 1:
@@ -218,7 +218,7 @@ def load_task(name: str, dataset_path: str | None = None) -> Task:
             env = gymnasium.make(name)  # imports the module first
             check_env(env)
         except Exception as error:  # of the user's code, too
-            raise Error(f"{name} cannot be played ({error}): mend that, or give another --env-name")
+            raise Error(f"{name} cannot be played ({error}): fix that, or give another --env-name")
         return Task(name, name, spec=gymnasium.registry[env.unwrapped.spec.id])
     near = difflib.get_close_matches(name, PAPER | adroit.TASKS, 3, 0.5) or PAPER
     raise Error(f"there is no task {name!r}: give one like {', '.join(near)}, a single task of OGBench in states like "
@@ -226,7 +226,7 @@ def load_task(name: str, dataset_path: str | None = None) -> Task:
 
 
 def read_record(folder: str | pathlib.Path) -> dict:
-    """What a run wrote to args.json in its folder. Raises Error if none did."""
+    """What a run wrote to args.json in its folder. Raises Error if there is none."""
     try:
         record = json.loads((pathlib.Path(folder) / "args.json").read_text())
         return {key: record[key] for key in ("algo", "args", "data")} | record
@@ -235,7 +235,7 @@ def read_record(folder: str | pathlib.Path) -> dict:
 
 
 def read_args(record: dict, Args):
-    """The arguments of a record, an `Args`. Raises Error if the code knows others."""
+    """The arguments of a record, as an `Args`. Raises Error if the code has other flags."""
     try:
         return Args(**{flag: tuple(v) if isinstance(v, list) else v for flag, v in record["args"].items()})
     except TypeError as error:
@@ -243,7 +243,7 @@ def read_args(record: dict, Args):
 
 
 def check_numbers(args):
-    """Raises Error if a number in the dataclass `args` is impossible: a whole one is at least 1, another at least 0."""
+    """Raises Error if a number in the dataclass `args` is impossible: an integer below 1, another number below 0."""
     for field in dataclasses.fields(args):
         value, whole = getattr(args, field.name), int in (field.type, *typing.get_args(field.type))
         low, high = (1, 10**9) if whole else (0, math.inf)
@@ -254,7 +254,7 @@ def check_numbers(args):
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) in (int, float) and not low <= number <= high:  # a NaN is in no range
                 flag = f"--{field.name.replace('_', '-')}"
-                raise Error(f"{flag} {number} is impossible: it is from {low} to {high}")
+                raise Error(f"{flag} {number} is impossible: it must be from {low} to {high}")
 
 
 def resolve(args, task: Task, columns: dict[str, str]):
@@ -268,14 +268,14 @@ def resolve(args, task: Task, columns: dict[str, str]):
         raise Error(f"the paper has no values for {task.name}: give {' '.join(missing)}")
     plain = lambda value: value.item() if isinstance(value, np.generic) else value
     values = vars(args) | values
-    for flag, value in values.items():  # lists and NumPy's numbers, as a search's code gives them
+    for flag, value in values.items():  # lists and NumPy's numbers, as a hyperparameter search gives them
         values[flag] = tuple(map(plain, value)) if isinstance(value, (list, tuple, np.ndarray)) else plain(value)
     args = dataclasses.replace(args, **values)
     check_numbers(args)
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not args.hidden_dims:
         raise Error("--seeds takes one or more different numbers, and --hidden-dims one or more widths")
     if args.num_updates % 10:
-        raise Error(f"--num-updates {args.num_updates} is impossible: each tenth is evaluated: give a multiple of 10")
+        raise Error(f"--num-updates {args.num_updates} is impossible (each tenth is evaluated): give a multiple of 10")
     if args.dataset_path is not None and args.generate_episodes:
         raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")
     if args.dataset_path is not None:  # a run is resumed from any folder
@@ -285,14 +285,14 @@ def resolve(args, task: Task, columns: dict[str, str]):
 
 def prepare(args, file: str, columns: dict[str, str]):
     """What the algorithm in `file` is to do: its arguments in full (see `resolve`; with --resume, that run's) and its
-    Task. Raises Error, before anything is made, if an argument is impossible or a device cannot be had."""
+    Task. Raises Error, before anything is made, if an argument is impossible or a device is not available."""
     if args.resume is not None:
         record, defaults = read_record(args.resume), type(args)()
         if record["algo"] != pathlib.Path(file).stem:
             raise Error(f"{args.resume} is a run of {record['algo']}: resume it by algos/{record['algo']}.py")
         if args != dataclasses.replace(defaults, resume=args.resume, dataset_path=args.dataset_path):
-            raise Error(f"--resume takes all other flags from {args.resume}/args.json, but for --dataset-path where "
-                        f"its data have moved: leave them out")  # fmt: skip
+            raise Error(f"--resume takes all other flags from {args.resume}/args.json: leave them out, except "
+                        f"--dataset-path if the data have moved")  # fmt: skip
         saved = read_args(record, type(args))
         args = dataclasses.replace(saved, resume=args.resume, dataset_path=args.dataset_path or saved.dataset_path)
     task = load_task(args.env_name, args.dataset_path)
@@ -301,10 +301,10 @@ def prepare(args, file: str, columns: dict[str, str]):
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the second where jax has no plugin for it
         platforms = os.environ.get("JAX_PLATFORMS")
-        raise Error(f"JAX_PLATFORMS={platforms} cannot be had here ({str(error) or 'no such device'}): unset it")
+        raise Error(f"JAX_PLATFORMS={platforms} is not available here ({str(error) or 'no such device'}): unset it")
     if args.capture_video:
         rendering_backend()  # better now than after the run
-    if not jax.config.jax_compilation_cache_dir and "HOME" in os.environ:  # what this machine compiles is kept
+    if not jax.config.jax_compilation_cache_dir and "HOME" in os.environ:  # keeps what this machine compiles
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/doal/{platform.node()}"))
     return args, task
 
@@ -336,11 +336,11 @@ def sample_batch(dataset: Dataset, key: jax.Array, batch_size: int) -> Dataset:
 
 
 def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes: int | None = None):
-    """The Dataset of `task`, as numpy arrays, and where it is from: a dict of path, source, sha256 and transitions.
+    """The Dataset of `task`, as numpy arrays, and its origin: a dict of path, source, sha256 and transitions.
 
-    It is read from `dataset_path`, a file or a folder with the published one; or made of `generate_episodes` episodes,
-    once, and kept; or downloaded once, and kept. Actions are clipped to +-(1 - 1e-5), as FQL clips them. Raises Error
-    if the file cannot be had, is damaged or is another task's.
+    It is read from `dataset_path` (a file, or a folder with the published one), or generated with `generate_episodes`
+    episodes, or downloaded; the last two happen once. Actions are clipped to +-(1 - 1e-5), as in FQL's code. Raises
+    Error if the file is not available, damaged or of another task.
     """
     folder = pathlib.Path(os.path.expanduser(os.environ.get(*task.folder)))
     if dataset_path is not None:
@@ -354,12 +354,12 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
         source, path = "generated", folder / f"{stem}-generated{generate_episodes}.npz"
     else:
         source, path = "published", folder / task.file
-    if source != "given" and str(folder).startswith("~"):  # left as it was
+    if source != "given" and str(folder).startswith("~"):  # there is no HOME
         raise Error(f"there is no home folder for data: name one by {task.folder[0]}, or a file by --dataset-path")
     try:
         if source != "given" and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{path}.lock"):  # of several first runs, one makes the file
+            with filelock.FileLock(f"{path}.lock"):  # if several runs start at once, one makes the file
                 if not path.exists() and source == "published":
                     download(f"{task.url}/{task.file}", path)
                 elif not path.exists():
@@ -372,12 +372,12 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
     except OSError as error:
         where = "" if source == "given" else f", or data in another folder by {task.folder[0]}"
         raise Error(f"cannot read or write {error.filename or path} ({error.strerror or error}): "
-                    f"mend that, or give a file by --dataset-path (also beside --resume){where}")  # fmt: skip
-    except KeyboardInterrupt:  # minutes may have passed, but there is no run yet
+                    f"fix that, or give a file by --dataset-path (also with --resume){where}")  # fmt: skip
+    except KeyboardInterrupt:  # before there is a run that could be resumed
         print("stopped; give the same command again", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except ValueError as error:
-        made = "move it away, and it is made or downloaded anew"
+        made = "move it away, and it is made or downloaded again"
         raise Error(f"{error}: {'name another file by --dataset-path' if source == 'given' else made}")
     clip = lambda action: np.clip(action, -1 + 1e-5, 1 - 1e-5)
     dataset = dataset._replace(action=clip(dataset.action), next_action=clip(dataset.next_action))
@@ -385,7 +385,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
 
 
 def can_generate(file: str) -> bool:
-    """Whether a published file can be made here: mazes need walkers that were trained, "noisy" is not made."""
+    """Whether a published dataset can be generated here. Mazes need trained walkers; "noisy" sets are not supported."""
     return re.fullmatch(r"(cube|scene|puzzle)\b.*-play-v0\.npz", file) is not None
 
 
@@ -421,7 +421,7 @@ def middle_and_half(space: gymnasium.spaces.Box) -> tuple[np.ndarray, np.ndarray
 
 def read_npz(path: pathlib.Path, task: Task, env: gymnasium.Env) -> dict[str, np.ndarray]:
     """The arrays of an .npz file that `task` learns from, with the actions of `env` rescaled to [-1, 1]. Raises
-    ValueError, naming the file, if they are not whole."""
+    ValueError, naming the file, if they are missing or malformed."""
     keys, space = ("observations", "actions", "terminals", *task.keys), env.action_space
     widths = dict.fromkeys(("observations", "next_observations"), env.observation_space.shape)
     widths |= {"actions": space.shape} | dict.fromkeys(("rewards", "masks", "terminals"), ())
@@ -430,7 +430,7 @@ def read_npz(path: pathlib.Path, task: Task, env: gymnasium.Env) -> dict[str, np
             found = {"masks", "next_observations", "button_states"}.intersection(file.files)
             raw = {key: file[key] for key in (*keys, *found)}
     except Exception as error:  # a damaged file can make its readers raise anything
-        why = error if zipfile.is_zipfile(path) else "it is no whole .npz file"  # NumPy takes it for a pickle
+        why = error if zipfile.is_zipfile(path) else "it is no complete .npz file"  # NumPy takes it for a pickle
         raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({why}; an .npz with {', '.join(keys)})")
     for key, values in raw.items():
         shape = (raw["terminals"].size, *widths.get(key, values.shape[1:]))
@@ -446,18 +446,18 @@ def read_npz(path: pathlib.Path, task: Task, env: gymnasium.Env) -> dict[str, np
         raise ValueError(f"{path} is damaged: its last episode does not end, or none has a transition")
     middle, half = middle_and_half(space)
     raw["actions"] = (raw["actions"] - middle) / half
-    if (np.abs(raw["actions"]) > 1.1).any():  # what lies outside by less is clipped
+    if (np.abs(raw["actions"]) > 1.1).any():  # smaller excesses are clipped
         raise ValueError(f"{path} is no dataset of {task.name}: its actions lie far outside the "
                          f"environment's, which are in [{space.low.min()}, {space.high.max()}]")  # fmt: skip
     return raw
 
 
 def to_transitions(raw: dict[str, np.ndarray]) -> Dataset:
-    """The transitions of rows s_0, a_0, r_0; s_1, a_1, r_1; ...; s_T, a_T, r_T of each episode.
+    """The transitions in rows s_0, a_0, r_0; s_1, a_1, r_1; ...; s_T, a_T, r_T of each episode.
 
-    That of row i ends in the state and the action of row i + 1, and the last row of an episode starts none. With
-    next_observations, it ends in its own, and starts none only where it has no next action and needs one: row i + 1 is
-    of another episode, and the mask is 1.
+    A transition starts in every row i but an episode's last. Its next state and next action are those of row i + 1.
+    With next_observations, each row has its next state, and starts a transition unless it lacks a next action that is
+    needed: row i + 1 is of another episode, and the mask is 1.
     """
     keys = ("observations", "actions", "rewards", "masks")
     obs, action, reward, mask = (raw[key].astype(np.float32) for key in keys)
@@ -467,18 +467,18 @@ def to_transitions(raw: dict[str, np.ndarray]) -> Dataset:
         starts &= np.append((next_obs[:-1] == obs[1:]).all(axis=1), False)
         starts |= mask == 0
     start = np.flatnonzero(starts)
-    after = (start + 1) % len(obs)  # after the last row nothing comes, and nothing is needed
+    after = (start + 1) % len(obs)  # the last row has no successor, and needs none
     next_obs = next_obs[start] if "next_observations" in raw else obs[after]
     return Dataset(obs[start], action[start], reward[start], mask[start], next_obs, action[after])
 
 
 # ------------------------------------------------------------------------------------------------------------ train
-# What `train` is compiled with, to save time on a CPU (docs/speed.md). A GPU's compiler ignores the first two, and with
-# the third makes the same program, or one of a few kernels less.
+# What `train` is compiled with, to save time on a CPU (docs/speed.md). A GPU's compiler ignores the first two, and the
+# third changes nothing there or saves a few kernels.
 XLA_OPTIONS = {
     "xla_cpu_copy_insertion_use_region_analysis": True,  # avoids copies of what a loop carries
     "xla_cpu_prefer_vector_width": 512,
-    "xla_disable_hlo_passes": "reshape-mover",  # it changes one of two equal Q(s, a): both would be computed
+    "xla_disable_hlo_passes": "reshape-mover",  # it changes one of two equal Q(s, a), so that both are computed
 }
 
 
@@ -495,7 +495,7 @@ def for_each_seed(function: collections.abc.Callable, dataset: Dataset, states):
     """`function(dataset, state)` for each seed's state: `states` and the result are stacked, [seeds, ...].
 
     A GPU takes its seeds side by side, as one batch. A CPU, which one seed keeps busy, takes them one after another:
-    there a batch of one costs a third of the speed, and a batch of eight up to a quarter.
+    there a batch of one costs a third of the speed, a batch of eight up to a quarter.
     """
     each = functools.partial(function, dataset)
     return jax.lax.platform_dependent(states, cpu=lambda states: jax.lax.map(each, states), default=jax.vmap(each))
@@ -514,7 +514,7 @@ def usable_cores() -> int:
 
 def slots_per_seed(num_seeds: int, num_episodes: int, num_workers: int) -> int:
     """How many episodes of a seed are played at a time. Over all seeds these are about two per worker and at least 16,
-    in rounds of the same size, so that no worker is idle in the last."""
+    in rounds of equal size, so that no worker is idle in the last."""
     rounds = max(1, round(num_episodes * num_seeds / max(16, 2 * num_workers)))
     return math.ceil(num_episodes / rounds)
 
@@ -523,13 +523,13 @@ def reset_env(env: gymnasium.Env, seed: int) -> np.ndarray:
     """Starts an episode that depends on `seed` alone, and returns its first observation [obs_dim]."""
     np.random.seed(seed)  # OGBench's mazes also draw from here
     obs, _ = env.reset(seed=seed)
-    if type(env.unwrapped).__module__.startswith("ogbench.manipspace"):  # its solver remembers how it settled
+    if type(env.unwrapped).__module__.startswith("ogbench.manipspace"):  # its solver keeps a random warm start
         env.unwrapped._data.qacc_warmstart[:] = 0
     return obs
 
 
 def rendering_backend() -> str:
-    """What MUJOCO_GL must be for MuJoCo to draw here without a screen. Raises Error if nothing does."""
+    """The value of MUJOCO_GL with which MuJoCo can draw here without a screen. Raises Error if there is none."""
     draw = [sys.executable, "-c", "import mujoco; mujoco.GLContext(16, 16).make_current()"]
     for backend in ("egl", "osmesa", "cgl"):
         if not subprocess.run(draw, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode:
@@ -543,7 +543,7 @@ class Slots:
     def __init__(self, task: Task, slots: collections.abc.Iterable[int], **kwargs):
         self.task, self.envs = task, {slot: task.make_env(**kwargs) for slot in slots}
         self.returns = dict.fromkeys(self.envs, 0.0)
-        self.draws = {slot: np.random.MT19937() for slot in self.envs}  # each its own np.random
+        self.draws = {slot: np.random.MT19937() for slot in self.envs}  # an np.random of its own for each
 
     def step(self, commands: dict) -> dict:
         """Resets or steps the slots of `commands`, {slot: seed to reset from, or action to take}. Returns {slot: (obs,
@@ -562,7 +562,7 @@ class Slots:
 
 
 def follow_parent():
-    """Makes a worker process leave signals to its parent, and end with it, however that ends."""
+    """Makes a worker process leave signals to its parent, and end when the parent ends, however that happens."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
@@ -570,7 +570,7 @@ def follow_parent():
 
 
 def play(connection, task: CloudpickleWrapper, slots: collections.abc.Iterable[int]):
-    """What a worker process does: it holds the environments of `slots`, and steps them when it is told to."""
+    """What a worker process does: it holds the environments of `slots`, and steps them on request."""
     follow_parent()
     environments = Slots(task.fn, slots)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
@@ -579,7 +579,7 @@ def play(connection, task: CloudpickleWrapper, slots: collections.abc.Iterable[i
 
 
 class Environments:
-    """Enough environments to evaluate `num_seeds` policies, in worker processes that live as long as a `with` block."""
+    """Environments to evaluate `num_seeds` policies, in worker processes that live as long as its `with` block."""
 
     def __init__(self, task: Task, num_seeds: int, num_episodes: int, num_workers: int | None = None):
         num_workers = num_workers or usable_cores()
@@ -614,11 +614,11 @@ class Environments:
             return {slot: answer for connection in self.connections for slot, answer in connection.recv().items()}
         except (EOFError, ConnectionError):
             raise Error("evaluation failed: an environment's process ended, by the error above or for lack of memory: "
-                        "mend that, then resume the run")  # fmt: skip
+                        "fix that, then resume the run")  # fmt: skip
 
 
 def episode_seeds(eval_seed: int, seed: int, update: int, num_episodes: int) -> list[int]:
-    """A seed for each episode of an evaluation. Its first state and the policy's noise depend on it alone."""
+    """A seed for each episode of an evaluation. Its initial state and the policy's noise depend on it alone."""
     entropy = [(eval_seed, seed, update, episode) for episode in range(num_episodes)]
     return [int(np.random.SeedSequence(numbers).generate_state(1)[0]) for numbers in entropy]
 
@@ -637,16 +637,16 @@ def evaluate(
     num_episodes: int,
     eval_seed: int = 0,
 ) -> np.ndarray:
-    """Plays `num_episodes` episodes with the policy of each of `seeds` after so many updates: [seeds, num_episodes].
+    """Scores [seeds, num_episodes] of `num_episodes` episodes with the policy of each of `seeds` at an update.
 
-    `policy(obs, keys)` gives the actions [seeds, slots, action_dim] of obs [seeds, slots, obs_dim] and a key each.
-    A slot whose episode has ended plays the seed's next one. Episode i of a seed starts from a state, and draws noise,
-    that depend on (eval_seed, seed, update, i) alone: neither on the algorithm nor on the workers. A policy whose
-    action is not finite, as where an observation is not, scores NaN.
+    `policy(obs, keys)` gives the actions [seeds, slots, action_dim] for obs [seeds, slots, obs_dim] and a key each.
+    A slot whose episode has ended plays the seed's next one. The initial state and the noise of a seed's episode i
+    depend on (eval_seed, seed, update, i) alone: neither on the algorithm nor on the workers. An episode with an
+    action that is not finite scores NaN.
     """
     num_seeds = len(seeds)
     slots = environments.num_slots // num_seeds
-    starts = [[*episode_seeds(eval_seed, seed, update, num_episodes), 0] for seed in seeds]  # the last: no episode
+    starts = [[*episode_seeds(eval_seed, seed, update, num_episodes), 0] for seed in seeds]  # the last 0: no episode
     scores = np.full((num_seeds, num_episodes), np.nan)
     episode = np.tile(np.minimum(np.arange(slots), num_episodes), (num_seeds, 1))
     step = np.zeros((num_seeds, slots), np.int32)

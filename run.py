@@ -30,17 +30,17 @@ import common
 from common import ROOT, Error, read_args, read_record
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
-BOOKKEEPING = {"num_workers", "folder", "resume", "track", "wandb_project_name", "capture_video"}  # decide no number
+BOOKKEEPING = {"num_workers", "folder", "resume", "track", "wandb_project_name", "capture_video"}  # affect no number
 
 
 def identity(algo: str, args) -> dict:
-    """All that decides a run's numbers but for its seeds, as JSON has it: runs that share it are of one cell."""
+    """All that decides a run's numbers, except its seeds, in JSON's types. Runs that share it belong to one cell."""
     values = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING | {"seeds"}}
     return json.loads(json.dumps({"algo": algo} | values))
 
 
 def write_file(path: pathlib.Path, content: bytes):
-    """Writes a file that appears whole or not at all. Raises Error if there is no room or no right to."""
+    """Writes a file that appears whole or not at all. Raises Error without room or permission."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -50,11 +50,11 @@ def write_file(path: pathlib.Path, content: bytes):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise Error(f"cannot write {path} ({error.strerror}): mend that, then resume the run")
+        raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
 
 
 def append_rows(path: pathlib.Path, rows: list[dict]):
-    """Appends rows to a CSV, the first with a header. Raises Error if there is no room or no right to."""
+    """Appends rows to a CSV, after a header if it is new. Raises Error without room or permission."""
     try:
         with open(path, "a") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -62,20 +62,20 @@ def append_rows(path: pathlib.Path, rows: list[dict]):
                 writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
-        raise Error(f"cannot write {path} ({error.strerror}): mend that, then resume the run")
+        raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a CSV that were written whole; none if there is no file. Raises Error if it is damaged."""
+    """The complete rows of a CSV; none if there is no file. Raises Error if it is damaged."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
     if not all(str(row.get(key)).isdecimal() for row in rows for key in ("step", "seed")):
-        raise Error(f"{path} is damaged: restore it, or move its folder away and start anew")
+        raise Error(f"{path} is damaged: restore it, or move its folder away and start again")
     return rows
 
 
 def cut_rows(path: pathlib.Path, last_step: int):
-    """Cuts off the end of a CSV: what was written after `last_step`, or half."""
+    """Cuts off the end of a CSV: rows after `last_step`, and an incomplete row."""
     kept = sum(int(row["step"]) <= last_step for row in read_rows(path))
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
@@ -83,7 +83,7 @@ def cut_rows(path: pathlib.Path, last_step: int):
 
 
 def read_checkpoint(folder: pathlib.Path, states):
-    """Updates done, and `states` as a run has saved them; (0, `states`) if it has not.
+    """Updates done, and the saved states, of the shapes of `states`; or (0, `states`) if nothing was saved.
 
     Raises Error if the checkpoint is damaged, or of other networks.
     """
@@ -92,7 +92,7 @@ def read_checkpoint(folder: pathlib.Path, states):
         return 0, states
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
-        raise Error(f"{path} is damaged, and its run cannot go on: move {folder} away, and start anew")
+        raise Error(f"{path} is damaged, and its run cannot be resumed: move {folder} away, and start again")
     try:
         saved = flax.serialization.msgpack_restore(content[32:])
         restored = flax.serialization.from_state_dict(states, saved["states"])
@@ -104,7 +104,7 @@ def read_checkpoint(folder: pathlib.Path, states):
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with a + if files differ from it; None outside of git."""
+    """The commit of this code, with a + if files differ from it; None outside git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:  # without --exclude, a tag would stand in place of the commit
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -148,18 +148,18 @@ def tell(text: str):
 
 
 class Run:
-    """The record of one run: what was asked, on which data, what came of it, and where it stands.
+    """The record of one run: its arguments and data, its results, and its state.
 
     Its folder holds args.json; train.csv, a row per seed and chunk of updates; eval.csv, a row per seed and evaluation;
     episodes.csv, a row per seed, evaluation and episode; and checkpoint.msgpack. No CSV holds a clock's time, so those
-    of a resumed run equal an uninterrupted one's byte for byte. Within a `with` block, Ctrl-C, SIGTERM and SIGHUP save
-    and end the run.
+    of a resumed run equal an uninterrupted one's byte for byte. Within its `with` block, Ctrl-C, SIGTERM and SIGHUP end
+    the run so that it can be resumed.
     """
 
     def __init__(self, args, file: str, task: common.Task, data: dict):
         """Begins the record of `args` (see `common.prepare`), by the algorithm in `file`, on `data` (see
-        `common.load_dataset`); or goes on with that in `args.resume`. Raises Error if its folder, or its place in
-        Weights & Biases, cannot be had, or if it was begun on other data."""
+        `common.load_dataset`); or continues the one in `args.resume`. Raises Error if its folder or Weights & Biases is
+        not available, or if it was begun on other data."""
         self.args, self.file, self.task = args, file, task
         self.eval_interval = args.num_updates // 10  # updates between two evaluations
         self.chunk = max(size for size in range(1, 251) if self.eval_interval % size == 0)  # updates per `train`
@@ -194,7 +194,7 @@ class Run:
         self.bar = tqdm(**bar)
 
     def __enter__(self):
-        """From here on, a signal lets the run save before it ends; but not in a thread, nor one that nohup ignores."""
+        """From here on, signals end the run in order; but not in a thread, nor a signal that nohup ignores."""
         self.handlers = {}  # what signals did before
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
@@ -217,7 +217,7 @@ class Run:
         folder = pathlib.Path(self.args.folder or default)
         if (folder / "args.json").exists():
             again = shlex.quote(str(folder))
-            raise Error(f"{folder} is there already: go on by --resume {again}, or give another --folder")
+            raise Error(f"{folder} is there already: resume it by --resume {again}, or give another --folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -239,7 +239,7 @@ class Run:
     def restore(self, states):
         """Updates done, and the states [seeds, ...]: those of the checkpoint, or 0 and `states`.
 
-        The CSVs are cut back to these. Raises Error if the checkpoint is damaged or of other networks.
+        The CSVs are cut back to that update. Raises Error if the checkpoint is damaged or of other networks.
         """
         step, states = read_checkpoint(self.folder, states)
         for name in ("train", "eval", "episodes"):
@@ -253,7 +253,7 @@ class Run:
     def log(self, step: int, metrics: dict[str, jax.Array]):
         """Records a chunk of updates by its mean metrics, {name: [seeds]}.
 
-        Names each seed whose numbers cease to be finite; raises Error when no seed is left.
+        Reports each seed whose metrics are no longer finite; raises Error when no seed is left.
         """
         metrics = {name: np.asarray(values) for name, values in metrics.items()}  # waits for the chunk to end
         rows = [{name: float(values[i]) for name, values in metrics.items()} for i in range(len(self.args.seeds))]
@@ -292,7 +292,7 @@ class Run:
             self.tracker.log({"step": step} | means | (each if len(rows) > 1 else {}))
 
     def save(self, step: int, states):
-        """Writes the checkpoint where one is due: after each evaluation, every ten minutes, and when a signal asked to
+        """Writes the checkpoint when one is due: after each evaluation, every ten minutes, and when a signal asked to
         stop, which then ends the program."""
         if step % self.eval_interval == 0 or self.stop or time.monotonic() - self.saved_time > 600:
             saved = {"step": step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
@@ -304,7 +304,7 @@ class Run:
 
     def ask_to_stop(self, number, frame):
         """Handles Ctrl-C, SIGTERM and SIGHUP: a run that is training saves at its chunk's end and leaves; one that
-        evaluates, or is about to, leaves at once with its last checkpoint. The second signal ends the program."""
+        evaluates, or is about to, leaves at once with its last checkpoint. A second signal kills the program."""
         self.stop = number
         signal.signal(number, signal.SIG_DFL)
         if not self.training:
@@ -312,9 +312,9 @@ class Run:
         tell("stopping at the end of this chunk of updates")
 
     def leave(self):
-        """Ends the program, and says how the run goes on."""
+        """Ends the program, and says how to resume the run."""
         again = shlex.join(["python", os.path.relpath(self.file), "--resume", str(self.folder)])
-        tell(f"stopped at update {self.saved_step:,}; go on by: {again}")
+        tell(f"stopped at update {self.saved_step:,}; resume it by: {again}")
         sys.exit(128 + self.stop)
 
     def finish(self) -> np.ndarray:
@@ -340,7 +340,7 @@ class Run:
         return scores
 
     def start_tracking(self):
-        """A run of Weights & Biases, the sweep's if an agent started this. Raises Error if there can be none."""
+        """A run of Weights & Biases: the sweep's, if an agent started this. Raises Error if that fails."""
         import wandb
 
         try:

@@ -1,12 +1,12 @@
-"""DMFQL: mfql.py, whose policy clones the optimal action of DOAL (Eq. 17) in place of the data action.
+"""DMFQL: mfql.py with a policy that clones the optimal action of DOAL (Eq. 17), not the data action.
 
     critic   mean (Q(s, a) - (r + discount mask mean Q'(s', a')))^2,
-             a' the best by min Q of num_target_samples policy actions
+             a' the best of num_target_samples policy actions by min Q
     actor    alpha mean (v(s, a_t, t) - (a* - z))^2,  a_t = (1 - t) a* + t z,  z ~ N(0, I),  t ~ U[0, 1],
              a* = a + delta / mean||g|| g,  g = grad_a mean Q(s, a)
-    acts by  the best by min Q of num_samples policy actions
+    acts by  the best of num_samples policy actions by min Q
 
-Q are two critics, Q' their targets, min and mean are over the two; t runs from noise (1) to data (0).
+Q are two critics, Q' their targets; min Q and mean Q are over the two; t runs from noise (1) to data (0).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this che
 import common
 from run import Run
 
-# flag: the column of the paper's values (common.PAPER) that is used when the flag is None
+# flag: the column of the paper's values (common.PAPER) that it takes when it is None
 PAPER_COLUMNS = {"num_samples": "ql_num_samples", "alpha": "alpha", "delta": "ql_delta"}
 
 
@@ -36,8 +36,8 @@ class Args:
     seeds: tuple[int, ...] = (111,)  # training seeds, all side by side in one program
     num_updates: int | None = None  # gradient steps (None here and below: the paper's value for the task)
     batch_size: int = 256  # transitions per update
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of the hidden layers, of every network
-    learning_rate: float = 3e-4  # of Adam, for every network
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of every network's hidden layers
+    learning_rate: float = 3e-4  # Adam's, for every network
     discount: float = 0.99  # discount factor gamma
     tau: float = 0.005  # step of the target critic towards the critic
     num_target_samples: int = 4  # actions that MaxQ chooses from in the Bellman target
@@ -45,20 +45,20 @@ class Args:
     flow_steps: int = 10  # Euler steps from noise to action
     alpha: float | None = None  # weight of the behaviour loss
     delta: float | None = None  # mean length of the step from the data action up the gradient of Q
-    eval_episodes: int = 50  # episodes per evaluation, which comes at every tenth of the run
-    eval_seed: int = 0  # of the episodes' first states, and of the policy's noise in them
+    eval_episodes: int = 50  # episodes per evaluation (after every tenth of the run)
+    eval_seed: int = 0  # seed of the evaluations' initial states and policy noise
     num_workers: int | None = None  # processes that step the environments (None: one per core)
-    dataset_path: str | None = None  # file to train on, in place of the published one
-    generate_episodes: int | None = None  # train on that many episodes made here by OGBench's oracles
+    dataset_path: str | None = None  # file to train on, instead of the published one
+    generate_episodes: int | None = None  # number of episodes to make with OGBench's oracles and to train on
     folder: str | None = None  # where the run is recorded (None: runs/<task>/<algorithm>/<time>)
-    resume: str | None = None  # folder of the run to go on with; of other flags only dataset_path, where it moved
+    resume: str | None = None  # folder of a run to resume with its own flags (only --dataset-path may change)
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "doal"  # W&B project
-    capture_video: bool = False  # film four episodes at the end (mp4, in the run's folder)
+    capture_video: bool = False  # film four episodes at the end (mp4 files in the run's folder)
 
 
 class MLP(nn.Module):
-    """Hidden layers of Dense, GELU and, if asked for, layer norm, then a Dense one: [..., in_dim] -> [..., out_dim]."""
+    """Hidden layers of Dense, GELU and, optionally, layer norm, then a Dense layer: [..., in_dim] -> [..., out_dim]."""
 
     hidden_dims: tuple[int, ...]
     out_dim: int
@@ -127,7 +127,7 @@ def init(args, obs_dim, action_dim, seed):
 
 
 def max_q(state, obs, num_samples, key):
-    """The best of num_samples policy actions by the smaller of the two Q (Eq. 9): [..., action_dim]."""
+    """The best of num_samples policy actions by the smaller of two Q (Eq. 9): [..., action_dim]."""
     obs = jnp.broadcast_to(obs, (num_samples, *obs.shape))
     action = state.actor.apply_fn(state.actor.params, obs, key, method="sample")
     q = state.critic.apply_fn(state.critic.params, obs, action).min(axis=0)
@@ -166,7 +166,7 @@ def actor_loss(params, args, state, batch, key):
 
 
 def update(args, dataset, state, _):
-    """One step of every network, all gradients at the same old parameters: the body of a scan."""
+    """One update of every network, with all gradients at the old parameters: the body of a scan."""
     key, batch_key, critic_key, actor_key = jax.random.split(state.key, 4)
     batch = common.sample_batch(dataset, batch_key, args.batch_size)
     gradient = functools.partial(jax.grad, has_aux=True)
@@ -180,7 +180,7 @@ def update(args, dataset, state, _):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=common.XLA_OPTIONS)
 def train(args, num_updates, dataset, states):
-    """num_updates updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
+    """num_updates updates of every seed, in one program: the new states, and each metric's mean, [seeds]."""
     updates = lambda dataset, state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_updates)
     states, metrics = common.for_each_seed(updates, dataset, states)
     return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
@@ -196,7 +196,7 @@ def act(args, states, obs, keys):
 def main(args):
     """Trains all seeds, evaluates each at every tenth of the run, and returns their scores [seeds] by the paper's
     protocol."""
-    args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # the paper's values; or, to resume, a run's
+    args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # with the paper's values or, to resume, that run's
     dataset, source = common.load_dataset(task, args.dataset_path, args.generate_episodes)
     with (
         Run(args, __file__, task, source) as run,

@@ -1,11 +1,11 @@
-"""FQL: Flow Q-learning (Park et al., 2025c), whose one-step student of a flow policy maximizes Q.
+"""FQL: flow Q-learning (Park et al., 2025c). A one-step policy, the student of a flow policy, maximizes Q.
 
     critic   mean (Q(s, a) - (r + discount mask Q'(s', pi(s', z))))^2,  z ~ N(0, I)
     flow     mean (v(s, a_t, t) - (a - z))^2,  a_t = (1 - t) a + t z,  z ~ N(0, I),  t ~ U[0, 1]
     actor    alpha mean (pi(s, z) - flow(s, z))^2 - mean Q(s, pi(s, z)),  flow(s, z) flow_steps Euler steps from z
-    acts by  pi(s, z) of one z
+    acts by  pi(s, z) with one z
 
-q_agg makes Q' of the two target critics; the actor's Q is always the mean of the two.
+Q' is the min or mean (q_agg) of the two target critics; the actor's Q is always the mean of the two critics.
 Time runs from noise (t = 1) to data (t = 0); in FQL's paper it is the other way round.
 """
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this che
 import common
 from run import Run
 
-# flag: the column of the paper's values (common.PAPER) that is used when the flag is None
+# flag: the column of the paper's values (common.PAPER) that it takes when it is None
 PAPER_COLUMNS = {"discount": "discount", "q_agg": "q_agg", "alpha": "alpha"}
 
 
@@ -36,27 +36,27 @@ class Args:
     seeds: tuple[int, ...] = (111,)  # training seeds, all side by side in one program
     num_updates: int | None = None  # gradient steps (None here and below: the paper's value for the task)
     batch_size: int = 256  # transitions per update
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of the hidden layers, of every network
-    learning_rate: float = 3e-4  # of Adam, for every network
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of every network's hidden layers
+    learning_rate: float = 3e-4  # Adam's, for every network
     discount: float | None = None  # discount factor gamma
     tau: float = 0.005  # step of the target critic towards the critic
     q_agg: Literal["min", "mean"] | None = None  # how the two critics make one Q in the Bellman target
     flow_steps: int = 10  # Euler steps from noise to action
     alpha: float | None = None  # weight of the distillation
-    eval_episodes: int = 50  # episodes per evaluation, which comes at every tenth of the run
-    eval_seed: int = 0  # of the episodes' first states, and of the policy's noise in them
+    eval_episodes: int = 50  # episodes per evaluation (after every tenth of the run)
+    eval_seed: int = 0  # seed of the evaluations' initial states and policy noise
     num_workers: int | None = None  # processes that step the environments (None: one per core)
-    dataset_path: str | None = None  # file to train on, in place of the published one
-    generate_episodes: int | None = None  # train on that many episodes made here by OGBench's oracles
+    dataset_path: str | None = None  # file to train on, instead of the published one
+    generate_episodes: int | None = None  # number of episodes to make with OGBench's oracles and to train on
     folder: str | None = None  # where the run is recorded (None: runs/<task>/<algorithm>/<time>)
-    resume: str | None = None  # folder of the run to go on with; of other flags only dataset_path, where it moved
+    resume: str | None = None  # folder of a run to resume with its own flags (only --dataset-path may change)
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "doal"  # W&B project
-    capture_video: bool = False  # film four episodes at the end (mp4, in the run's folder)
+    capture_video: bool = False  # film four episodes at the end (mp4 files in the run's folder)
 
 
 class MLP(nn.Module):
-    """Hidden layers of Dense, GELU and, if asked for, layer norm, then a Dense one: [..., in_dim] -> [..., out_dim]."""
+    """Hidden layers of Dense, GELU and, optionally, layer norm, then a Dense layer: [..., in_dim] -> [..., out_dim]."""
 
     hidden_dims: tuple[int, ...]
     out_dim: int
@@ -165,8 +165,8 @@ def flow_loss(params, args, state, batch, key):
 
 
 def actor_loss(params, args, state, batch, key):
-    """Distillation of the flow into the student, from one noise, and Q of the student's action."""
-    noise = jax.random.normal(key, batch.action.shape)  # as the flow's sample draws it from this key
+    """Distillation of the flow into the student, both from the same noise, and Q of the student's action."""
+    noise = jax.random.normal(key, batch.action.shape)  # the noise that the flow's sample draws from this key
     flow_action = state.flow.apply_fn(state.flow.params, batch.obs, key, method="sample")
     action = state.actor.apply_fn(params, batch.obs, noise)
     loss = jnp.mean((action - flow_action) ** 2)
@@ -175,7 +175,7 @@ def actor_loss(params, args, state, batch, key):
 
 
 def update(args, dataset, state, _):
-    """One step of every network, all gradients at the same old parameters: the body of a scan."""
+    """One update of every network, with all gradients at the old parameters: the body of a scan."""
     key, batch_key, critic_key, flow_key, actor_key = jax.random.split(state.key, 5)
     batch = common.sample_batch(dataset, batch_key, args.batch_size)
     gradient = functools.partial(jax.grad, has_aux=True)
@@ -191,7 +191,7 @@ def update(args, dataset, state, _):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=common.XLA_OPTIONS)
 def train(args, num_updates, dataset, states):
-    """num_updates updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
+    """num_updates updates of every seed, in one program: the new states, and each metric's mean, [seeds]."""
     updates = lambda dataset, state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_updates)
     states, metrics = common.for_each_seed(updates, dataset, states)
     return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
@@ -207,7 +207,7 @@ def act(args, states, obs, keys):
 def main(args):
     """Trains all seeds, evaluates each at every tenth of the run, and returns their scores [seeds] by the paper's
     protocol."""
-    args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # the paper's values; or, to resume, a run's
+    args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # with the paper's values or, to resume, that run's
     dataset, source = common.load_dataset(task, args.dataset_path, args.generate_episodes)
     with (
         Run(args, __file__, task, source) as run,

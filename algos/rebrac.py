@@ -6,7 +6,7 @@
     actor    alpha_actor mean ||pi(s) - a||^2 - mean Q(s, pi(s)) / mean |Q(s, pi(s))|,  every policy_frequency updates
     acts by  pi(s), clipped to [-1, 1]
 
-Q is the smaller of the two critics. `--no-tanh` gives the paper's ReBRAC (Gauss), whose pi is a plain linear output.
+Q' and the actor's Q are the smaller of two critics'. `--no-tanh` is the paper's ReBRAC(Gauss): pi's output is linear.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this che
 import common
 from run import Run
 
-# flag: the column of the paper's values (common.PAPER) that is used when the flag is None
+# flag: the column of the paper's values (common.PAPER) that it takes when it is None
 PAPER_COLUMNS = {"discount": "discount", "alpha_actor": "rebrac_alpha_actor", "alpha_critic": "rebrac_alpha_critic"}
 
 
@@ -36,30 +36,30 @@ class Args:
     seeds: tuple[int, ...] = (111,)  # training seeds, all side by side in one program
     num_updates: int | None = None  # gradient steps (None here and below: the paper's value for the task)
     batch_size: int = 256  # transitions per update
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of the hidden layers, of every network
-    learning_rate: float = 3e-4  # of Adam, for every network
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of every network's hidden layers
+    learning_rate: float = 3e-4  # Adam's, for every network
     discount: float | None = None  # discount factor gamma
     tau: float = 0.005  # step of the targets towards their networks
     alpha_actor: float | None = None  # weight of the squared distance to the data action in the actor's loss
     alpha_critic: float | None = None  # weight of the squared distance to the next data action in the Bellman target
     tanh: bool = True  # squash the policy's action by tanh
     policy_noise: float = 0.2  # standard deviation of the target policy noise
-    noise_clip: float = 0.5  # clip of the target policy noise
+    noise_clip: float = 0.5  # bound of the target policy noise
     policy_frequency: int = 2  # updates of the critic per update of the actor and of both targets
-    eval_episodes: int = 50  # episodes per evaluation, which comes at every tenth of the run
-    eval_seed: int = 0  # of the episodes' first states, and of the policy's noise in them
+    eval_episodes: int = 50  # episodes per evaluation (after every tenth of the run)
+    eval_seed: int = 0  # seed of the evaluations' initial states and policy noise
     num_workers: int | None = None  # processes that step the environments (None: one per core)
-    dataset_path: str | None = None  # file to train on, in place of the published one
-    generate_episodes: int | None = None  # train on that many episodes made here by OGBench's oracles
+    dataset_path: str | None = None  # file to train on, instead of the published one
+    generate_episodes: int | None = None  # number of episodes to make with OGBench's oracles and to train on
     folder: str | None = None  # where the run is recorded (None: runs/<task>/<algorithm>/<time>)
-    resume: str | None = None  # folder of the run to go on with; of other flags only dataset_path, where it moved
+    resume: str | None = None  # folder of a run to resume with its own flags (only --dataset-path may change)
     track: bool = False  # log to Weights & Biases
     wandb_project_name: str = "doal"  # W&B project
-    capture_video: bool = False  # film four episodes at the end (mp4, in the run's folder)
+    capture_video: bool = False  # film four episodes at the end (mp4 files in the run's folder)
 
 
 class MLP(nn.Module):
-    """Hidden layers of Dense, GELU and, if asked for, layer norm, then a Dense one: [..., in_dim] -> [..., out_dim]."""
+    """Hidden layers of Dense, GELU and, optionally, layer norm, then a Dense layer: [..., in_dim] -> [..., out_dim]."""
 
     hidden_dims: tuple[int, ...]
     out_dim: int
@@ -137,7 +137,7 @@ def critic_loss(params, args, state, batch, key):
 
 
 def actor_loss(params, args, state, batch, key):
-    """BRAC (Eq. 10): Q of the policy's action, at a scale of one, and its squared distance to the data action."""
+    """BRAC (Eq. 10): Q of the policy's action, divided by its scale, and its squared distance to the data action."""
     action = state.actor.apply_fn(params, batch.obs)
     loss = jnp.sum((action - batch.action) ** 2, axis=-1).mean()
     q = state.critic.apply_fn(state.critic.params, batch.obs, action).min(axis=0)
@@ -146,7 +146,7 @@ def actor_loss(params, args, state, batch, key):
 
 
 def update(args, dataset, state, _):
-    """One step of every network, all gradients at the same old parameters: the body of a scan."""
+    """One update of every network, with all gradients at the old parameters: the body of a scan."""
     key, batch_key, critic_key, actor_key = jax.random.split(state.key, 4)
     batch = common.sample_batch(dataset, batch_key, args.batch_size)
     gradient = functools.partial(jax.grad, has_aux=True)
@@ -155,7 +155,7 @@ def update(args, dataset, state, _):
 
     def learn():
         grads, metrics = gradient(actor_loss)(state.actor.params, args, state, batch, actor_key)
-        # so that the mean over a chunk is the mean over the updates that learn, if policy_frequency divides its length
+        # so that a chunk's mean is that of its actor updates, if policy_frequency divides its length
         return grads, {name: args.policy_frequency * value for name, value in metrics.items()}
 
     def rest():
@@ -163,7 +163,7 @@ def update(args, dataset, state, _):
 
     actor_grads, actor_metrics = jax.lax.cond(due, learn, rest)
     critic = state.critic.apply_gradients(grads=critic_grads)
-    actor = state.actor.apply_gradients(grads=actor_grads)  # in between by a zero gradient, as in FQL's code
+    actor = state.actor.apply_gradients(grads=actor_grads)  # with a zero gradient in between, as in FQL's code
     step = jnp.where(due, args.tau, 0)
     target_actor = optax.incremental_update(state.actor.params, state.target_actor, step)
     target_critic = optax.incremental_update(state.critic.params, state.target_critic, step)
@@ -172,7 +172,7 @@ def update(args, dataset, state, _):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3, compiler_options=common.XLA_OPTIONS)
 def train(args, num_updates, dataset, states):
-    """num_updates updates of every seed in one program: the new states, and the mean of each metric, [seeds]."""
+    """num_updates updates of every seed, in one program: the new states, and each metric's mean, [seeds]."""
     updates = lambda dataset, state: jax.lax.scan(functools.partial(update, args, dataset), state, length=num_updates)
     states, metrics = common.for_each_seed(updates, dataset, states)
     return states, jax.tree.map(lambda metric: metric.mean(axis=1), metrics)
@@ -188,7 +188,7 @@ def act(args, states, obs, keys):
 def main(args):
     """Trains all seeds, evaluates each at every tenth of the run, and returns their scores [seeds] by the paper's
     protocol."""
-    args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # the paper's values; or, to resume, a run's
+    args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # with the paper's values or, to resume, that run's
     dataset, source = common.load_dataset(task, args.dataset_path, args.generate_episodes)
     with (
         Run(args, __file__, task, source) as run,

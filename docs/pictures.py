@@ -42,7 +42,7 @@ def reward_of(action):
 
 
 def learn(name, action, reward, num_updates, **flags):
-    """algos/<name>.py, its arguments, and its state after training on actions that end the episode with a reward."""
+    """algos/<name>.py, its arguments, and its state after training on one-step episodes."""
     obs, zeros = np.ones((len(action), 1)), np.zeros(len(action))
     dataset = common.Dataset(*(jnp.array(x, jnp.float32) for x in (obs, action, reward + zeros, zeros, obs, action)))
     algo = common.load_algo(name)
@@ -53,20 +53,20 @@ def learn(name, action, reward, num_updates, **flags):
 
 
 def policy_actions(algo, state, num=1024):
-    """What the policy does, without MaxQ: [num, 2]. A Gaussian acts by its mean."""
+    """The policy's actions, without MaxQ: [num, 2]. A Gaussian acts by its mean."""
     obs, act = jnp.ones((num, 1)), functools.partial(state.actor.apply_fn, state.actor.params)
     return np.asarray(act(obs, jax.random.PRNGKey(2), method="sample") if hasattr(algo, "max_q") else act(obs))
 
 
 def learn_modes(name, num_updates=5000, batch_size=256):
-    """What the policy of algos/<name>.py makes of the four modes: [num, 2]."""
+    """Actions of the policy of algos/<name>.py, trained on the four modes: [num, 2]."""
     flags = {"hidden_dims": (32, 32, 32), "learning_rate": 5e-3, "batch_size": batch_size}
     algo, _, state = learn(name, four_modes(), 0.0, num_updates, **flags)
     return policy_actions(algo, state)
 
 
 def draw_modes(plt):
-    """The four modes, and what each policy makes of them."""
+    """The four modes, and each policy's actions after training on them."""
     titles = {"iql": "Gaussian, its mean", "ifql": "flow", "trigflow": "TrigFlow"}
     panels = {"data": four_modes(1024)} | {title: learn_modes(name) for name, title in titles.items()}
     figure, axes = plt.subplots(1, 4, figsize=(8, 2.5), layout="constrained")
@@ -78,7 +78,7 @@ def draw_modes(plt):
 
 
 def draw_doal(plt):
-    """The step from data actions to optimal actions, and what a flow clones without and with it."""
+    """The step from data actions to optimal actions, and a flow trained without and with it."""
     flags = {"hidden_dims": (128, 128, 128), "learning_rate": 2e-3, "num_target_samples": 1}
     mfql, _, baseline = learn("mfql", ring(), reward_of(ring()), 3000, **flags)
     dmfql, args, state = learn("dmfql", ring(), reward_of(ring()), 3000, delta=0.2, **flags)

@@ -1,14 +1,14 @@
-"""Times training and evaluation, beside FQL's official code and the DOAL authors' code where clones of them are given.
+"""Times training and evaluation, beside FQL's code and the DOAL authors' code if clones of them are given.
 
     python scripts/benchmark.py --fql-dir ../fql --doal-dir ../DOAL
     python scripts/benchmark.py --fql-dir ../fql --algos ifql fql --eval-episodes 50
 
-The clones are github.com/seohongpark/fql and, at 155f517, github.com/Xyu-Chern/DOAL; what they import beside our
-requirements comes by `pip install distrax ml_collections jaxopt tfp-nightly`.
+The clones are github.com/seohongpark/fql and, at 155f517, github.com/Xyu-Chern/DOAL. In addition to our requirements
+they need `pip install distrax ml_collections jaxopt tfp-nightly`.
 
-Each contestant is a process of its own, and driven as its own main does. All compile at the same time; then they take
-turns, and a ratio compares the speeds per seed in the same turn, whatever else the machine does: the table has its
-median over the turns, and its range. Sizes are the paper's; data are random.
+Each contestant is a process of its own, called as its own main does. All compile at the same time; then they take
+turns. A ratio compares the speeds per seed in the same turn, so that other load on the machine affects both alike; the
+table has its median over the turns, and its range. Sizes are the paper's; data are random.
 """
 
 import concurrent.futures
@@ -35,7 +35,7 @@ ALGOS = tuple(sorted(path.stem for path in (common.ROOT / "algos").glob("*.py"))
 FQL = {algo: (algo, {}) for algo in ("iql", "ifql", "fql", "rebrac")}
 DOAL = {algo: (algo, {}) for algo in (*FQL, "diql", "difql", "trigflow", "dtrigflow", "mfql", "dmfql", "dmfrebrac")}
 DOAL |= {"etrigflow": ("trigflow", {"use_q_loss": True}), "mfql_bptt": ("mfql", {"bptt": True})}
-DOAL |= {"mfrebrac": ("dmfrebrac", {"alpha": 0.0})}  # their name of delta; they compute the gradient of Q all the same
+DOAL |= {"mfrebrac": ("dmfrebrac", {"alpha": 0.0})}  # their name of delta; they still compute the gradient of Q
 SCAN = 20  # updates per call of the authors' code
 TRANSITIONS = 1_000_000
 COLUMNS = ["file", "seeds", "ms/update", "per seed", "times FQL's speed", "times the authors' speed"]
@@ -45,12 +45,12 @@ COLUMNS += ["s/episode", "FQL's s/episode"]
 @dataclasses.dataclass(frozen=True)
 class Args:
     algos: tuple[str, ...] = ALGOS  # files of algos/
-    num_seeds: tuple[int, ...] = (1, 8)  # seeds that ours trains side by side, a row each (the others train one)
-    env_name: str = "scene-play"  # task whose sizes are taken
+    num_seeds: tuple[int, ...] = (1, 8)  # numbers of seeds side by side in ours, a row each (the others train one)
+    env_name: str = "scene-play"  # task that gives the sizes
     num_updates: int | None = None  # updates per turn, of all seeds together (None: 40, on a GPU 1000)
     turns: int = 7  # turns of each contestant
     eval_episodes: int | None = None  # episodes of an evaluation, ours and FQL's (None: no evaluation)
-    fql_dir: str | None = None  # clone of FQL's official code
+    fql_dir: str | None = None  # clone of FQL's code
     doal_dir: str | None = None  # clone of the authors' code
 
 
@@ -63,7 +63,7 @@ def random_data(env) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """An algorithm of ours. Each method works, and returns the seconds per update or episode of one seed."""
+    """An algorithm of ours. Each method returns the seconds that it took per update or episode of one seed."""
 
     def __init__(self, bench: Args, algo: str, num_seeds: int):
         self.bench, self.module, self.task = bench, common.load_algo(algo), common.load_task(bench.env_name)
@@ -93,7 +93,7 @@ class Ours:
 
 
 class Theirs:
-    """The like for an agent of FQL's code or, with `scan`, of the authors'."""
+    """The same for an agent of FQL's code or, with `scan`, of the authors'."""
 
     def __init__(self, bench: Args, algo: str, scan: bool):
         folder, (name, changes) = (bench.doal_dir, DOAL[algo]) if scan else (bench.fql_dir, FQL[algo])
@@ -133,7 +133,7 @@ make = functools.cache(lambda kind, *args: kind(*args))
 
 
 def call(contestant: tuple, method: str) -> float:
-    """Calls a method of a contestant, which the first call in a process makes."""
+    """Calls a method of a contestant, which is made at the first call in a process."""
     return getattr(make(*contestant), method)()
 
 

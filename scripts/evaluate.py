@@ -1,10 +1,10 @@
-"""Plays a run's policies once more: with other numbers of samples (the paper's Table 4), or on film.
+"""Evaluates a run's policies again: with other numbers of samples (the paper's Table 4), or on video.
 
     python scripts/evaluate.py runs/cube-single-play/mfql/<time> --num-samples 1 2 4 8 16 32 64 128
     python scripts/evaluate.py runs/cube-single-play/mfql/<time> --capture-video
 
 The first writes num_samples.csv into the run's folder, the second episode-0.mp4 and three more.
-Nothing is trained. The episodes are those of the run's last evaluation, step by step.
+Nothing is trained. The episodes are those of the run's last evaluation: the same initial states and noise.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import pathlib
 import sys
 import warnings
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the GPU to what trains
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the GPU to training
 
 import filelock
 import imageio_ffmpeg
@@ -28,8 +28,8 @@ from run import append_rows, load_run, read_rows
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    folder: tyro.conf.Positional[pathlib.Path]  # a run's, like runs/<task>/<algorithm>/<time>
-    num_samples: tuple[int, ...] = ()  # evaluate with MaxQ over that many actions, each number in turn
+    folder: tyro.conf.Positional[pathlib.Path]  # of a run, like runs/<task>/<algorithm>/<time>
+    num_samples: tuple[int, ...] = ()  # evaluate with MaxQ over this many actions, one number after another
     capture_video: bool = False  # film the first four episodes of the first seed
     num_workers: int | None = None  # processes that step the environments (None: one per core)
 
@@ -59,7 +59,7 @@ class Film(common.Slots):
 
 
 def main(args: Args):
-    """Loads the policies, and plays."""
+    """Loads the policies and evaluates them."""
     common.check_numbers(args)
     if not args.num_samples and not args.capture_video:
         raise common.Error("there is nothing to do: give --num-samples or --capture-video")
@@ -67,7 +67,7 @@ def main(args: Args):
         os.environ["MUJOCO_GL"] = common.rendering_backend()  # before anything imports MuJoCo, which reads it
     module, run, step, states = load_run(args.folder)
     if step < run.num_updates:
-        raise common.Error(f"{args.folder} is not finished: go on with it by --resume, then play")
+        raise common.Error(f"{args.folder} is not finished: resume it by --resume first")
     if args.num_samples and not hasattr(run, "num_samples"):
         raise common.Error(f"{args.folder} does not act by MaxQ: leave --num-samples out")
     lock = filelock.FileLock(args.folder / ".lock", timeout=0)

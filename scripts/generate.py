@@ -1,10 +1,10 @@
-"""Makes OGBench's `*-play` datasets of cube, scene and puzzle anew, with the scripted oracles that ship in its wheel.
+"""Generates OGBench's `*-play` datasets of cube, scene and puzzle with the scripted oracles in its package.
 
     python scripts/generate.py scene-play-v0 100 scene.npz
 
 The recipe is that of OGBench's `data_gen_scripts/generate_manipspace.py`: episodes of 1001 steps, oracle noise 0.1 with
 smoothing 0.5, a new target whenever the oracle is done. That script never uses its seed; here episode i depends on
-i alone, so 100 episodes are the first 100 of 1000, whatever the number of processes that make them.
+i alone, so 100 episodes are the first 100 of 1000, whatever the number of processes.
 """
 
 import collections
@@ -35,8 +35,8 @@ STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    dataset: tyro.conf.Positional[str]  # name of the published set, like scene-play-v0
-    num_episodes: tyro.conf.Positional[int]  # how many to make
+    dataset: tyro.conf.Positional[str]  # name of the published dataset, like scene-play-v0
+    num_episodes: tyro.conf.Positional[int]  # how many to generate
     path: tyro.conf.Positional[pathlib.Path | None] = None  # file to write (None: <dataset>.npz here)
 
 
@@ -76,7 +76,7 @@ def collect_episode(dataset: str, episode: int) -> dict[str, np.ndarray]:
     OGBench's oracles draw from the global np.random, so it is seeded here: call this in a process of its own.
     """
     env = collection_env(dataset)
-    for attempt in itertools.count():  # an episode that hides its block is made again
+    for attempt in itertools.count():  # an episode that loses its block is generated again
         attempt_seed = int(np.random.SeedSequence((0, episode, attempt)).generate_state(1)[0])
         np.random.seed(attempt_seed)
         obs, info = env.reset(seed=attempt_seed)

@@ -1,10 +1,10 @@
-"""Tables and curves of what has been run, beside the paper's numbers and the authors' curves.
+"""Makes tables and curves of finished and unfinished runs, beside the paper's numbers and the authors' curves.
 
     python scripts/report.py table2 --tasks cube-single-play --name small -- --num-updates 20000 --seeds 1 2
-    python scripts/report.py --name small   # once more, from results/small/runs.csv alone
+    python scripts/report.py --name small   # again, from results/small/runs.csv alone
 
-The first takes the arguments of reproduce.py, and collects the runs of these cells, wherever they are in runs/, into
-results/<name>/runs.csv. README.md and the pictures beside it are made of that file alone.
+The first takes the arguments of reproduce.py and collects the runs of these cells, wherever they are in runs/, into
+results/<name>/runs.csv. README.md and the pictures beside it are made from that file alone.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this che
 
 import matplotlib
 
-matplotlib.use("agg")  # it only writes files, also where a notebook has set another backend
+matplotlib.use("agg")  # it only writes files, even if a notebook has set another backend
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,22 +35,22 @@ from run import identity, read_rows
 RESULTS = common.ROOT / "results"
 PRINTED = {row[:3]: row[3:] for row in pd.read_csv(RESULTS / "paper.csv").itertuples(index=False)}  # (mean, std)
 AUTHORS = pd.read_csv(RESULTS / "authors.csv")
-DATA = ("dataset_path", "generate_episodes")  # flags whose effect a table says by itself
-EVALUATION = ("eval_episodes", "eval_seed")  # and these do not change a norm
+DATA = ("dataset_path", "generate_episodes")  # flags that a table shows anyway
+EVALUATION = ("eval_episodes", "eval_seed")  # flags that do not change a norm
 CURVE = ["mean", "min", "max"]  # columns of AUTHORS
 plt.rcParams.update({"axes.titlesize": "medium", "figure.titlesize": "medium"})  # 10 points, 800 pixels wide
-NORMS = ("table3", "figure3")  # these are of the gradients' mean norm, not of scores
+NORMS = ("table3", "figure3")  # they show the mean gradient norm, not scores
 TEXT = """# Results: {name}
 
-Made of [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
+Made from [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 
 - A seed's score is the mean of its evaluations at 80, 90 and 100 % of the run; on Adroit, the last one. The tables show
-  mean ± standard deviation over seeds, and of several tasks mean (sum).
+  mean ± standard deviation over seeds; over several tasks, mean (sum).
 - IQM is the mean of the middle half of all seeds' scores. P(better) is the probability that a seed of a **D-** file
   scores more than one of its baseline. [Brackets] hold 95 % confidence intervals by a stratified bootstrap over seeds.
-- "paper" is the paper's number, of its full size: published data, 8 seeds (4 in Table 4).
-- "authors" are the curves of their runs, also in the pictures: at the same update, the mean [min, max] of 8 seeds (4 in
-  Figure 6). There, ours is the one evaluation at that update."""
+- "paper" is the paper's number, at full size: published data, 8 seeds (4 in Table 4).
+- "authors" are the curves of their runs, also in the pictures: the mean [min, max] of 8 seeds (4 in Figure 6) at the
+  same update. Beside them, ours is the one evaluation at that update."""
 
 
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
@@ -66,9 +66,9 @@ def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
         asked, usual = identity(cell.algo, cell.args), paper[cell[:3]]
         matter = usual.keys() - {*DATA, *(EVALUATION if cell.table in NORMS else ())}
         changed = {key: value for key, value in asked.items() if value != usual[key] and key in matter}
-        free = {}  # to differ from what is asked
+        free = {}  # what may differ from the request
         if changed.keys() <= {"num_updates"} and asked["num_updates"] <= usual["num_updates"]:
-            # Nothing depends on how long a run will be: one with fewer updates is the beginning of the paper's.
+            # Nothing depends on a run's length: one with fewer updates is the beginning of the paper's.
             changed, free = {}, {"num_updates": usual["num_updates"]}
         asked |= free
         told = ", ".join(re.sub(r"[\[,\]]", "", f"{key} {value}") for key, value in changed.items())
@@ -86,7 +86,7 @@ def read_run(cell: Cell, end: int, folder: pathlib.Path, record: dict) -> pd.Dat
     read = lambda name, *more: pd.DataFrame(read_rows(folder / name), columns=["seed", "step", *more]).astype(float)
     task, column, tenths = common.load_task(cell.task), cell.column, np.arange(1, 11) * (end // 10)
     unit, rows, train = task.unit, read("eval.csv", "score"), read("train.csv", "diverged", "q_grad_norm")
-    first = task.scored_from * end  # evaluation that counts towards the seed's score
+    first = task.scored_from * end  # evaluation that counts for the seed's score
     if cell.table in NORMS:  # also at the updates of the authors' curve, by the chunks around it
         unit, first, parts = "mean gradient norm", 0, [rows[:0]]
         for seed, chunks in train.groupby("seed"):
@@ -116,7 +116,7 @@ def read_run(cell: Cell, end: int, folder: pathlib.Path, record: dict) -> pd.Dat
 
 
 def final_scores(rows: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
-    """{(task, column): scores of its finished seeds}, by the paper's protocol; NaN where one diverged."""
+    """{(task, column): scores of its finished seeds}, by the paper's protocol; NaN for one that diverged."""
     last = rows.groupby(["task", "column", "seed"]).step.transform("max")
     seeds = rows[rows.counts & (last == rows.num_updates)].groupby(["task", "column", "seed"]).score
     cells = seeds.agg(lambda values: values.mean(skipna=False)).groupby(["task", "column"])
@@ -129,7 +129,7 @@ def iqm(*scores: np.ndarray, axis: int = -1):
 
 
 def improvement(*scores: np.ndarray, axis: int = -1):
-    """The mean over tasks of P(X > Y) + P(X = Y) / 2, of each task's x [..., seeds] and then each one's y: [...]."""
+    """The mean over tasks of P(X > Y) + P(X = Y) / 2; `scores` are each task's x [..., seeds], then each y: [...]."""
     xs, ys = scores[: len(scores) // 2], scores[len(scores) // 2 :]
     pairs = [np.sign(x[..., :, None] - y[..., None, :]) for x, y in zip(xs, ys)]  # a NaN stays one
     return np.mean([(0.5 + 0.5 * pair).mean(axis=(-2, -1)) for pair in pairs], axis=0)
@@ -145,7 +145,7 @@ def estimate(statistic, scores: list[np.ndarray], digits: int) -> str:
 
 
 def label(rows: pd.DataFrame) -> str:
-    """What sets results apart from the paper's: other settings, fewer updates, other data."""
+    """How results differ from the paper's: other settings, fewer updates, other data."""
     if changed := ", ".join(dict.fromkeys(", ".join(rows.changed.dropna().unique()).split(", "))):
         size = f"REDUCED: {changed}"
     else:
@@ -155,7 +155,7 @@ def label(rows: pd.DataFrame) -> str:
 
 
 def show(scores: list[np.ndarray], digits: int) -> str:
-    """Of a task, mean ± standard deviation (ddof 0) over seeds; of several, mean (sum). One that diverged is told."""
+    """For one task, mean ± standard deviation (ddof 0) over seeds; for several, mean (sum). Says if seeds diverged."""
     if lost := sum(np.isnan(x).sum() for x in scores):
         return f"nan ({lost} of {sum(map(len, scores))} diverged)"
     means = [x.mean() for x in scores]
@@ -169,7 +169,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def score_table(table: str, rows: pd.DataFrame) -> str:
-    """A row per task and column of the paper's table; above these, if there are several tasks, a row of all tasks."""
+    """A row per task and column of the paper's table; first, if there are several tasks, a row per column for all."""
     scores, columns, tasks = final_scores(rows), list(rows.column.unique()), list(rows.task.unique())
     digits = 2 if table in NORMS else 1
     lines = [["task", "algorithm", "seeds", rows.unit.iloc[0], "IQM [95 %]", "P(better) [95 %]", "paper"]]
@@ -185,7 +185,9 @@ def score_table(table: str, rows: pd.DataFrame) -> str:
             line[3], line[4] = show(ours, digits), estimate(iqm, ours, digits)
             if len(base) == len(group):
                 line[5] = estimate(improvement, ours + base, 2)
-        theirs = [PRINTED.get((table, t, c), PRINTED.get((table, t, f"{c}*"))) for t in group]  # *: not of its own runs
+        theirs = [
+            PRINTED.get((table, t, c), PRINTED.get((table, t, f"{c}*"))) for t in group
+        ]  # *: not the authors' runs
         if all(theirs):
             mean, std = np.transpose(theirs)
             known = len(group) == 1 and std[0] >= 0
@@ -195,7 +197,7 @@ def score_table(table: str, rows: pd.DataFrame) -> str:
 
 
 def curve_table(table: str, rows: pd.DataFrame) -> str:
-    """Ours beside the authors' at each 100,000 updates, and at those up to 10,000 that their curves have."""
+    """Ours beside the authors' at each 100,000 updates, and at those up to 10,000 in their curves."""
     digits = 2 if table in NORMS else 1
     lines = [["task", "algorithm", "updates", "seeds", rows.unit.iloc[0], "authors [min, max]"]]
     for (task, column, step), seeds in rows.groupby(["task", "column", "step"], sort=False):
@@ -208,15 +210,15 @@ def curve_table(table: str, rows: pd.DataFrame) -> str:
 
 
 def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
-    """Curves over training: of each task, a panel for each D- file with its baseline and one for the others. Behind our
-    mean over seeds are the authors' mean, min and max or, where there are none to compare, our standard deviation."""
+    """Curves over training: for each task, a panel per D- file with its baseline and one for the others. Behind our
+    mean over seeds are the authors' mean, min and max or, if they cannot be compared, our standard deviation."""
     columns = list(rows.column.unique())
     pairs = [[c, f"d{c}"] for c in columns if f"d{c}" in columns]
     groups = [*pairs, [c for c in columns if c not in sum(pairs, [])]]
     panels = [rows[(rows.task == task) & rows.column.isin(group)] for task in rows.task.unique() for group in groups]
     panels, lines = [panel for panel in panels if len(panel)], []
     seeds = [panel.groupby("column").seed.nunique().max() for panel in panels]
-    for _, alike in itertools.groupby(range(len(panels)), seeds.__getitem__):  # side by side are those of as many seeds
+    for _, alike in itertools.groupby(range(len(panels)), seeds.__getitem__):  # side by side: equally many seeds
         alike = list(alike)
         lines += [(alike[i : i + 2] * 2)[:2] for i in range(0, len(alike), 2)]
     fig = plt.figure(figsize=(8, 3.3 * len(lines) + 0.6), layout="constrained")
@@ -245,7 +247,7 @@ def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
 
 
 def main(args: Selection, flags: list[str]):
-    """Collects, if tables are named, and writes all that is made of results/<name>/runs.csv."""
+    """Collects, if tables are named, and writes all that is made from results/<name>/runs.csv."""
     folder = pathlib.Path("results", args.name)
     if args.targets:
         rows = collect(args, flags)

@@ -4,8 +4,8 @@
     python scripts/reproduce.py table1 table2 table4 figure6 --cluster slurm --gpus 1
     python scripts/reproduce.py table2 --tasks cube-single-play --name small -- --num-updates 20000 --seeds 1 2
 
-Flags after -- go to every algorithm that has them. A new run is started, an interrupted one resumed, a finished one
-skipped. Ctrl-C lets the runs save, and the same command goes on.
+Flags after -- go to every algorithm that has them. New runs are started, interrupted ones resumed, finished ones
+skipped. On Ctrl-C the runs save; the same command resumes them.
 """
 
 import collections
@@ -31,7 +31,7 @@ import adroit
 import common
 from run import identity, read_rows
 
-SEEDS = {"8": "111 222 333 444 555 666 777 888", "4": "11 22 33 44"}  # the paper's: 4 for its ablations
+SEEDS = {"8": "111 222 333 444 555 666 777 888", "4": "11 22 33 44"}  # the paper's: 8, and 4 for its ablations
 NUM_SAMPLES = ("1", "2", "4", "8", "16", "32", "64", "128")  # each run of Table 4 is evaluated with all of these
 EXPERIMENTS = """
 table    column                algorithm  tasks    seeds  flags
@@ -69,24 +69,24 @@ figure8  num_target_samples=1  dmfql      ogbench  4      --num-target-samples 1
 @dataclasses.dataclass(frozen=True)
 class Selection:
     targets: tyro.conf.Positional[tuple[str, ...]] = ()  # table1 to table4, figure3, figure6, figure7, figure8
-    tasks: tuple[str, ...] = ()  # tasks (none: all that the table has)
+    tasks: tuple[str, ...] = ()  # tasks (none: all tasks of the table)
     algos: tuple[str, ...] = ()  # columns of the table (none: all)
     name: str = "paper"  # folder below runs/ and results/
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(Selection):
-    cluster: Literal["local", "slurm"] = "local"  # on this machine, or as jobs of SLURM, submitted and left alone
+    cluster: Literal["local", "slurm"] = "local"  # run on this machine, or submit SLURM jobs
     jobs: int = 1  # runs at a time, on this machine
-    gpus: int | None = None  # GPUs of each run (None: on this machine all, on SLURM none)
-    cpus: int = 8  # CPU cores of each run, on SLURM
+    gpus: int | None = None  # GPUs per run (None: all on this machine, none on SLURM)
+    cpus: int = 8  # CPU cores per run, on SLURM
     hours: int = 24  # time limit on SLURM, at which a job saves and is queued again
     slurm: tuple[str, ...] = ()  # more options of sbatch, like partition=long account=me
     dry_run: bool = False  # print what would run, and start nothing
 
 
-# A cell of a table, and the run of algos/<algo>.py that fills it: its flags; the algorithm's Args that these stand for,
-# with the paper's values; and its folder, which cells share if the same run fills them.
+# A cell of a table, and the run of algos/<algo>.py that fills it: its flags; its Args, with the paper's values; and its
+# folder, which cells share if the same run fills them.
 Cell = collections.namedtuple("Cell", "table task column algo flags args folder")
 
 
@@ -119,7 +119,7 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
             shared = [*sum(known.values(), []), "--env-name", task]
             both = [tyro.cli(module.Args, args=words) for words in (shared, shared + own)]
             plain, args = (common.resolve(args, common.load_task(task), module.PAPER_COLUMNS) for args in both)
-            run = algo if args == plain else f"{algo}_{'='.join(own)[2:]}"  # alike where delta=0.1 is the paper's value
+            run = algo if args == plain else f"{algo}_{'='.join(own)[2:]}"  # equal if delta=0.1 is the paper's value
             if seeds == "4" and "seeds" not in given:
                 run += "_4-seeds"
             folder = pathlib.Path("runs", selection.name, task, run)
@@ -131,13 +131,13 @@ def expand(selection: Selection, flags: list[str]) -> list[Cell]:
 
 
 def check(kind: str, given: Collection[str], there: Collection[str]):
-    """Raises Error if one of the names that were given is not there."""
+    """Raises Error if a given name is not there."""
     if unknown := [name for name in given if name not in there]:
         raise common.Error(f"there is no {kind} {unknown[0]}: there are {' '.join(dict.fromkeys(there))}")
 
 
 def progress(cell: Cell) -> tuple[str, list[str]]:
-    """Where a run stands ("new", "running", "40 % done", "finished"), and the command that goes on with it, if any.
+    """The state of a run ("new", "running", "40 % done", "finished"), and the command that continues it, if any.
     Raises Error if its folder holds a run with other arguments."""
     program, folder = f"{common.ROOT}/algos/{cell.algo}.py", str(cell.folder)
     if not (cell.folder / "args.json").exists():
@@ -150,7 +150,7 @@ def progress(cell: Cell) -> tuple[str, list[str]]:
             pass
     except filelock.Timeout:
         return "running", []
-    tenths = len(read_rows(cell.folder / "eval.csv")) // len(asked.seeds)  # that are evaluated for all seeds
+    tenths = len(read_rows(cell.folder / "eval.csv")) // len(asked.seeds)  # of the run that are evaluated for all seeds
     if tenths < 10:
         return f"{10 * tenths} % done", [program, "--resume", folder]
     evaluated = {row["num_samples"] for row in read_rows(cell.folder / "num_samples.csv")}
@@ -160,7 +160,7 @@ def progress(cell: Cell) -> tuple[str, list[str]]:
 
 
 class Job(submitit.helpers.Checkpointable):
-    """What a job of SLURM does: it runs this program for a single cell."""
+    """What a SLURM job does: it runs this program for a single cell."""
 
     def __call__(self, command: list[str]):
         self.pid = os.posix_spawn(command[0], command, os.environ)
@@ -175,7 +175,7 @@ class Job(submitit.helpers.Checkpointable):
 
 
 def submit(cells: list[Cell], args: Args, flags: list[str]):
-    """Gives SLURM a job for each cell, and leaves."""
+    """Submits a SLURM job for each cell."""
     if shutil.which("srun") is None:
         raise common.Error("--cluster slurm: there is no SLURM on this machine (srun is not found): leave it out")
     executor = submitit.AutoExecutor("runs/.jobs", cluster="slurm", slurm_max_num_timeout=10**6)
@@ -188,13 +188,13 @@ def submit(cells: list[Cell], args: Args, flags: list[str]):
 
 
 def run_here(cells: list[Cell], jobs: int, gpus: int):
-    """Brings runs to their end on this machine, `jobs` at a time. Ctrl-C, SIGTERM and SIGHUP let them save."""
+    """Finishes runs on this machine, `jobs` at a time. Ctrl-C, SIGTERM and SIGHUP let them save."""
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jobs * gpus)))).split(",")
     shares = [[visible[k % len(visible)] for k in range(i * gpus, (i + 1) * gpus)] for i in range(jobs)]
     stop = threading.Event()
 
     def finish(cell: Cell) -> bool:
-        """Runs a cell to its end, and returns whether it failed."""
+        """Finishes a cell, and returns whether it failed."""
         if stop.is_set():
             return False
         share, log, code = shares.pop(), pathlib.Path(f"{cell.folder}.log"), 0
@@ -211,9 +211,9 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
                         process.wait()
         shares.append(share)
         state, lines = progress(cell)[0], log.read_text().splitlines()
-        lines = [line for line in lines if line[:1].strip() and "%|" not in line]  # but for details and progress bars
+        lines = [line for line in lines if line[:1].strip() and "%|" not in line]  # without details and progress bars
         failed = state not in ("finished", "running") and not stop.is_set()
-        said = [] if state == "running" else lines[-1:]  # by another reproduce.py that was quicker to start it
+        said = [] if state == "running" else lines[-1:]  # another reproduce.py has started it
         print(f"{f'FAILED {code}' if failed else state:11}{cell.folder} ", *said, flush=True)
         return failed
 
@@ -230,7 +230,7 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
 
 
 def main(args: Args, flags: list[str]):
-    """Tells what there is to run, and runs it."""
+    """Says what there is to run, and runs it."""
     common.check_numbers(args)
     runs = {cell.folder: (cell, *progress(cell)) for cell in expand(args, flags)}
     todo = [cell for cell, _, command in runs.values() if command]

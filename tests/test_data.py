@@ -199,7 +199,7 @@ def test_an_environment_that_cannot_be_played_is_refused_before_training(how, re
     register()
     common.load_task("Own-v0", "data.npz")
     register(**changes)
-    with pytest.raises(common.Error, match=rf"Own-v0 cannot be played \(.*{sentence}.*\): mend that, or give another"):
+    with pytest.raises(common.Error, match=rf"Own-v0 cannot be played \(.*{sentence}.*\): fix that, or give another"):
         common.load_task("Own-v0", "data.npz")
 
 

@@ -153,7 +153,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
         assert run.read_rows(common.pathlib.Path("run/train.csv"))[-1]["step"] == "2000"
 
     monkeypatch.setattr(os, "fsync", full)
-    go_on(common.Error, "cannot write run/checkpoint.msgpack .No space left on device.: mend that, then resume", mend)
+    go_on(common.Error, "cannot write run/checkpoint.msgpack .No space left on device.: fix that, then resume", mend)
     with pytest.raises(common.Error, match="cannot write /dev/full .No space left on device"):
         run.append_rows(common.pathlib.Path("/dev/full"), [{"step": 1}])
 
@@ -184,7 +184,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(
         assert {number: signal.getsignal(number) for number in handlers} == handlers
         with filelock.FileLock("run/.lock", timeout=0):
             pass
-        assert how == "exception" or f"stopped at update {saved}; go on by: python " in capsys.readouterr().out
+        assert how == "exception" or f"stopped at update {saved}; resume it by: python " in capsys.readouterr().out
 
     monkeypatch.setattr(owner, where, interrupted)
     go_on(*STOPS[how], mend)
@@ -212,7 +212,7 @@ def test_a_folder_is_one_runs_alone(begin, monkeypatch):
     first, second = begin(folder=None), begin(folder=None)  # in the same second
     assert first.folder != second.folder and first.folder.parent == second.folder.parent
     record = begin(folder="my run")
-    with pytest.raises(common.Error, match="my run is there already: go on by --resume 'my run', or give another --fo"):
+    with pytest.raises(common.Error, match="my run is there already: resume it by --resume 'my run', or give anoth"):
         begin(folder="my run")
     with pytest.raises(common.Error, match="my run is being trained by another process"):
         resume(record.folder)

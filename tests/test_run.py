@@ -106,7 +106,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(target, whole, tmp_path):
                 file.write("9999,5,0,0.1,0.1,0.1,0.1\n9999,6,0.")
         else:
             assert process.returncode == 128 + getattr(signal, name) and "Traceback" not in err, err
-            said = f"stopped at update {load_run(folder)[2]:,}; go on by: python {again}"
+            said = f"stopped at update {load_run(folder)[2]:,}; resume it by: python {again}"
             assert out.splitlines()[-1] == said
         command, left = again, True
         for _ in range(600):  # the workers end by themselves
@@ -168,4 +168,4 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
     process = start(f"{ROOT}/algos/dmfql.py", tmp_path, JAX_PLATFORMS="cuda")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (1, "")
-    assert re.fullmatch(r"error: JAX_PLATFORMS=cuda cannot be had here \(.+\): unset it\n", err)
+    assert re.fullmatch(r"error: JAX_PLATFORMS=cuda is not available here \(.+\): unset it\n", err)
