@@ -6,7 +6,7 @@
     actor    alpha_actor mean ||pi(s) - a||^2 - mean Q(s, pi(s)) / mean |Q(s, pi(s))|,  every policy_frequency updates
     acts by  pi(s), clipped to [-1, 1]
 
-Q' and the actor's Q are the smaller of two critics'. `--no-tanh` is the paper's ReBRAC(Gauss): pi's output is linear.
+Q' and the actor's Q are the smaller of two critics'. With `--no-tanh` pi's output is linear, as in ReBRAC(Gauss).
 """
 
 import dataclasses
