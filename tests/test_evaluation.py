@@ -8,7 +8,6 @@ import subprocess
 import sys
 import types
 
-import gymnasium
 import jax
 import numpy as np
 import pytest
@@ -77,34 +76,32 @@ def test_noise_depends_on_the_episode_and_its_step_alone():
         np.testing.assert_array_equal(found[:200], fold(seed))
 
 
+class Drawing:
+    """An environment that draws its rewards from np.random, and whose seed says how many there are."""
+
+    unwrapped = None
+
+    def reset(self, seed):
+        self.left = 1 + seed % 5
+        return np.zeros(2), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(2), np.random.uniform(), not self.left, False, {}
+
+
 def test_every_episode_is_played_once_and_scored_by_its_own_environment():
-    """Three slots play eleven episodes of unequal length; the score of episode i is that of its seed. No slot waits
-    while there is an episode to play."""
+    """Three slots play eleven episodes of unequal length; the score of episode i is that of its seed, whatever its
+    neighbours draw. No slot waits while there is an episode to play."""
     starts = [int(np.random.SeedSequence((0, 5, 70, i)).generate_state(1)[0]) for i in range(11)]
-
-    class Fake:
-        num_slots, started, left = 3, [], {}
-
-        def step(self, commands):
-            answers = {}
-            for slot, command in commands.items():
-                if isinstance(command, int):
-                    self.started.append(command)
-                    self.left[slot] = [1 + command % 5, float(command % 97)]
-                    answers[slot] = np.zeros(2), None
-                else:
-                    self.left[slot][0] -= 1
-                    answers[slot] = np.zeros(2), self.left[slot][1] if not self.left[slot][0] else None
-            return answers
-
-    fake, calls = Fake(), []
-    scores = common.evaluate(lambda obs, keys: calls.append(0) or np.zeros((1, 3, 2)), fake, [5], 70, 11)
-    assert fake.started == starts
-    np.testing.assert_array_equal(scores[0], [start % 97 for start in starts])
+    task = types.SimpleNamespace(make_env=Drawing, score=PENDULUM.score)
+    scores, asked, _ = watch(LocalEnvironments(task, 1, 3), (5,), 11, update=70)
+    returns = [np.random.RandomState(start).uniform(size=1 + start % 5).sum() for start in starts]
+    np.testing.assert_allclose(scores[0], returns)
     busy_until = [0, 0, 0]
     for start in starts:  # each goes to the slot that is free first, and takes a reset and 1 + start % 5 steps
         busy_until[busy_until.index(min(busy_until))] += 2 + start % 5
-    assert len(calls) == max(busy_until)
+    assert len(asked) == max(busy_until)
 
 
 def test_a_solved_episode_scores_100():
@@ -128,37 +125,6 @@ def test_an_episode_repeats_exactly(task):
     actions = np.random.default_rng(0).uniform(-1, 1, (40, *env.action_space.shape))
     runs = [np.stack([common.reset_env(env, 11), *(env.step(action)[0] for action in actions)]) for _ in range(2)]
     np.testing.assert_array_equal(*runs)
-
-
-def test_an_episode_draws_the_same_whoever_its_neighbours_are():
-    """Where an environment draws from np.random when it is reset and stepped."""
-    draw = lambda *more: (np.random.uniform(size=2), *more)
-    env = types.SimpleNamespace(unwrapped=None, reset=lambda seed: draw({}))
-    env.step = lambda action: draw(0.0, False, False, {})
-    task = types.SimpleNamespace(make_env=lambda: env)
-    alone, together = common.Slots(task, [1]), common.Slots(task, [0, 1])
-    for other, command in [(7, 3), (np.zeros(5), np.zeros(5)), (np.zeros(5), np.zeros(5))]:
-        obs, answers = alone.step({1: command})[1][0], together.step({0: other, 1: command})
-        np.testing.assert_array_equal(obs, answers[1][0])
-        assert (obs != answers[0][0]).all()
-
-
-class Faulty(gymnasium.Wrapper):
-    """A pendulum whose first step, in the episode that starts from `seed`, kills its process or gives a NaN."""
-
-    def __init__(self, how, seed):
-        super().__init__(PENDULUM.make_env())
-        self.how, self.seed = how, seed
-
-    def reset(self, seed):
-        self.faulty = seed == self.seed
-        return self.env.reset(seed=seed)
-
-    def step(self, action):
-        if self.faulty and self.how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        obs, *rest = self.env.step(action)
-        return np.where(self.faulty, np.nan, obs), *rest
 
 
 NOTEBOOK = """
@@ -190,29 +156,12 @@ def test_an_environment_of_a_notebooks_own_is_found_by_the_workers(tmp_path):
     assert run.stdout == "[[3. 3.]]\n", run.stderr
 
 
-def test_what_is_done_to_ogbenchs_simulator_is_done_to_no_other():
-    """Which remembers the episode before, and may forget it."""
-    ogbenchs, mine = common.load_task(TASK).make_env(), types.SimpleNamespace(reset=lambda seed: (np.zeros(1), {}))
-    ogbenchs.reset()
-    mine.unwrapped, mine._data = mine, ogbenchs.unwrapped._data
-    for env, left in ((mine, 1), (ogbenchs, 0)):
-        env.unwrapped._data.qacc_warmstart[:] = 1
-        common.reset_env(env, 3)
-        assert (env.unwrapped._data.qacc_warmstart == left).all()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["killed", "nan"])
-def test_a_failing_environment_ends_the_evaluation_and_its_nan_is_not_hidden(how):
-    start = int(np.random.SeedSequence((0, 8, 70, 1)).generate_state(1)[0])
-    task = types.SimpleNamespace(make_env=functools.partial(Faulty, how, start), score=PENDULUM.score)
-    environments = common.Environments(task, 2, 1, 1)
-    play = lambda: common.evaluate(lambda obs, keys: obs[..., :1], environments, (7, 8), 70, 3)
-    if how == "killed":
+def test_a_worker_that_dies_ends_the_evaluation():
+    task = types.SimpleNamespace(make_env=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with common.Environments(task, 1, 1, 1) as environments:
         with pytest.raises(common.Error, match="evaluation failed: an environment's process ended"):
-            play()
-    else:
-        np.testing.assert_array_equal(np.isnan(play()), [[False, False, False], [False, True, False]])
+            common.evaluate(random_act, environments, [5], 70, 1)
 
 
 def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
