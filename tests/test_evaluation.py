@@ -127,6 +127,12 @@ def test_an_episode_repeats_exactly(task):
     np.testing.assert_array_equal(*runs)
 
 
+def test_ogbenchs_simulator_forgets_how_it_settled():
+    env = common.load_task(TASK).make_env()
+    common.reset_env(env, 3)
+    assert not env.unwrapped._data.qacc_warmstart.any()
+
+
 NOTEBOOK = """
 import gymnasium, common
 import numpy as np
