@@ -42,16 +42,13 @@ def test_seeds_are_one_batch_on_a_gpu_and_a_loop_on_a_cpu(platform, loops):
 
 @pytest.mark.slow
 def test_iql_computes_q_and_v_of_the_batch_once():
-    """They serve their own losses and the weight of AWR, by common.XLA_OPTIONS. So an update's products are those of
-    actor, V and both critics forward and backward, and of V(s') and both targets forward."""
-    args, states = specs("iql", 1, hidden_dims=(64, 64))  # batches of 32
-    update = jax.jit(functools.partial(load_algo("iql").update, args), compiler_options=common.XLA_OPTIONS)
+    """They serve their own losses and the weight of AWR; without common.XLA_OPTIONS each is computed twice."""
+    args, states = specs("iql", 1, hidden_dims=(64, 64))
     state = jax.tree.map(lambda leaf: spec(*leaf.shape[1:], dtype=leaf.dtype), states)
-    flops = update.lower(DATASET, state, None).compile().cost_analysis()["flops"]
-    forward = lambda inputs, outputs: 2 * 32 * 64 * (inputs + 64 + outputs)
-    trained = lambda inputs, outputs: 3 * forward(inputs, outputs) - 2 * 32 * 64 * inputs  # not back to the inputs
-    products = trained(5, 3) + trained(5, 1) + 2 * trained(5 + 3, 1) + forward(5, 1) + 2 * forward(5 + 3, 1)
-    assert products < flops < 1.3 * products  # the rest is Adam's and the activations'
+    update = jax.jit(functools.partial(load_algo("iql").update, args)).lower(DATASET, state, None)
+    with_options, without = (update.compile(each).cost_analysis()["flops"] for each in (common.XLA_OPTIONS, {}))
+    print(with_options, without, with_options / without)
+    assert with_options < 0.9 * without
 
 
 def test_importing_an_algorithm_opens_no_device():
