@@ -1,13 +1,10 @@
 """What benchmark.py measures: ratios of the same turn, and the other codes, driven as their own main.py does."""
 
 import concurrent.futures
-import sys
 import types
 
 import benchmark
-import flax
-import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import small_args
 
@@ -28,6 +25,7 @@ def test_ratios_are_of_one_turn_and_per_seed(monkeypatch):
     assert four == ["ifql", "4", "2000.000", "500.000", "10.00 (4.00 to 12.00)", "2.00 (1.00 to 4.00)", "", ""]
 
 
+@pytest.mark.slow
 def test_ours_is_timed_per_update_and_seed(monkeypatch):
     small, clock, sizes = small_args("iql", seeds=(0, 1)), iter((100.0, 104.0)), []
     monkeypatch.setattr(common, "resolve", lambda *args: small)
@@ -37,26 +35,14 @@ def test_ours_is_timed_per_update_and_seed(monkeypatch):
     assert ours.train() == 4 / 40 and sizes == [20]
 
 
-class Agent(flax.struct.PyTreeNode):
-    params: jax.Array  # counts transitions and full updates
-    network = property(lambda self: self)
-    create = classmethod(lambda cls, *args: cls(jnp.zeros(2)))
-
-    def update(self, batch, full_update=True):
-        return self.replace(params=self.params + jnp.array([len(batch["actions"]), full_update])), None
-
-
-class Buffer:
-    create_from_initial_dataset = classmethod(lambda cls, data, size: cls())
-    sample = lambda self, n: dict.fromkeys(("observations", "actions"), jnp.zeros((n, 3)))
-
-
-@pytest.mark.parametrize("scan, full_updates", [(False, 20), (True, 40)])
-def test_other_codes_take_a_batch_per_update(scan, full_updates, monkeypatch):
-    modules = {"agents": {"agents": {"rebrac": Agent}}, "utils.datasets": {"ReplayBuffer": Buffer}}
-    modules |= {"agents.rebrac": {"get_config": lambda: {"batch_size": 32, "actor_freq": 2}}}
-    for name, content in modules.items():
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**content))
-    theirs = benchmark.Theirs(benchmark.Args(fql_dir="", doal_dir="", num_updates=40), "rebrac", scan)
-    assert theirs.train() > 0 and theirs.data.return_next_actions
-    assert theirs.agent.params.tolist() == [32 * 40, full_updates]
+def test_other_codes_take_a_batch_per_update():
+    """One after another, FQL's ReBRAC with its actor in every second; and the authors' 20 in a call."""
+    taken, config = [], {"batch_size": 32, "actor_freq": 2}
+    agent = types.SimpleNamespace(network=types.SimpleNamespace(params=0.0))
+    agent.update = lambda batch, full_update: taken.append((*batch.shape, full_update)) or (agent, None)
+    theirs = types.SimpleNamespace(bench=benchmark.Args(num_updates=40), config=config, agent=agent)
+    theirs.data = types.SimpleNamespace(sample=lambda size: np.zeros((size, 3)))
+    theirs.updates = lambda agent, batches: taken.append(batches.shape) or (agent, None)
+    for theirs.scan in (False, True):
+        assert benchmark.Theirs.train(theirs) > 0
+    assert taken == 20 * [(32, 3, True), (32, 3, False)] + 2 * [(20, 32, 3)]

@@ -31,21 +31,16 @@ def path(data_path, tmp_path):
     return tmp_path / "data.npz"
 
 
-@pytest.fixture
-def own(tmp_path):
+def own(folder, **changes):
     """Writes a file of one's own for Pendulum-v1, with some of its arrays changed (or, by None, left out), and returns
     its path and arrays: transitions of 8 episodes of 50 rows, the first 4 of which are cut off, and the last 4 end; and
     actions up to almost a tenth of half the range outside."""
-
-    def own(**changes):
-        rows, _ = random_rows(3, 1, 2.19)
-        rows |= {"next_observations": np.roll(rows["observations"], -1, axis=0) + ENDS[:, None]}
-        rows |= {"rewards": ENDS * 1.0, "terminals": ENDS & (np.arange(400) >= 200)} | changes
-        rows = {key: values for key, values in rows.items() if values is not None}
-        np.savez(tmp_path / "own.npz", **rows)
-        return tmp_path / "own.npz", rows
-
-    return own
+    rows, _ = random_rows(3, 1, 2.19)
+    rows |= {"next_observations": np.roll(rows["observations"], -1, axis=0) + ENDS[:, None]}
+    rows |= {"rewards": ENDS * 1.0, "terminals": ENDS & (np.arange(400) >= 200)} | changes
+    rows = {key: values for key, values in rows.items() if values is not None}
+    np.savez(folder / "own.npz", **rows)
+    return folder / "own.npz", rows
 
 
 @pytest.fixture
@@ -83,10 +78,10 @@ def test_transitions_are_ogbenchs(data_path, tmp_path):
         np.testing.assert_array_equal(array, np.where(row == 5, 0, elsewhere))
 
 
-def test_a_file_of_transitions_is_taken_as_it_is(own):
+def test_a_file_of_transitions_is_taken_as_it_is(tmp_path):
     """As replay buffers have them: of all episodes the last reward and mask count, unless the episode was cut off, for
     then the last transition has no next action."""
-    path, rows = own()
+    path, rows = own(tmp_path)
     dataset, _ = load(path, "Pendulum-v1")
     for ours, theirs in {"obs": "observations", "next_obs": "next_observations", "reward": "rewards"}.items():
         np.testing.assert_array_equal(getattr(dataset, ours), np.float32(rows[theirs][KEPT]))
@@ -97,7 +92,7 @@ def test_a_file_of_transitions_is_taken_as_it_is(own):
     masks = {"terminals": ENDS, "masks": 1 - rows["terminals"]}  # then terminals are where an episode ends
     columns = {key: array[:, None] for key, array in (masks | {"rewards": rows["rewards"]}).items()}
     still = {"observations": np.zeros((400, 3)), "next_observations": np.zeros((400, 3))}  # do not show where it ends
-    found, _ = load(own(**columns | still)[0], "Pendulum-v1")
+    found, _ = load(own(tmp_path, **columns | still)[0], "Pendulum-v1")
     for name in ("action", "reward", "mask", "next_action"):
         np.testing.assert_array_equal(getattr(found, name), getattr(dataset, name))
 
@@ -114,16 +109,16 @@ REFUSED = {  # what is changed in a file of one's own, and the sentence
 
 
 @pytest.mark.parametrize("how", REFUSED)
-def test_a_file_of_ones_own_that_would_teach_something_else_is_refused(how, own):
+def test_a_file_of_ones_own_that_would_teach_something_else_is_refused(how, tmp_path):
     changes, sentence = REFUSED[how]
-    path, _ = own(**changes)
+    path, _ = own(tmp_path, **changes)
     with pytest.raises(common.Error, match=f"{path} (is|has) .*{sentence}.*: name another file"):
         load(path, "Pendulum-v1")
 
 
-def test_a_file_of_episodes_is_learned_from_as_ogbenchs(own):
+def test_a_file_of_episodes_is_learned_from_as_ogbenchs(tmp_path):
     """Also where the last rows, from which no transition starts, have more rewards than the others."""
-    path, rows = own(**EPISODES_ROWS | {"rewards": np.ones(400) + 5 * ENDS})
+    path, rows = own(tmp_path, **EPISODES_ROWS | {"rewards": np.ones(400) + 5 * ENDS})
     dataset, about = load(path, "Pendulum-v1")
     start = np.flatnonzero(~ENDS)
     assert about["source"] == "given" and (dataset.reward == 1).all() and dataset.mask.all()
@@ -148,15 +143,8 @@ class Own(gymnasium.Env):
         return np.ones(2, np.float32), 1.0, False, False, {}
 
 
-@pytest.fixture
-def register(monkeypatch):
-    """Registers an environment, or a function that makes one, as Own-v0."""
-
-    def register(make=Own, max_episode_steps=5, **kwargs):
-        spec = gymnasium.envs.registration.EnvSpec("Own-v0", make, max_episode_steps=max_episode_steps, kwargs=kwargs)
-        monkeypatch.setitem(gymnasium.registry, "Own-v0", spec)
-
-    return register
+def register(make=Own, max_episode_steps=5, **kwargs):
+    gymnasium.register("Own-v0", make, max_episode_steps=max_episode_steps, kwargs=kwargs)
 
 
 FAULTS = {  # what is wrong with an environment, and the sentence
@@ -173,7 +161,7 @@ FAULTS = {  # what is wrong with an environment, and the sentence
 
 
 @pytest.mark.parametrize("how", FAULTS)
-def test_an_environment_that_cannot_be_played_is_refused_before_training(how, register):
+def test_an_environment_that_cannot_be_played_is_refused_before_training(how):
     changes, sentence = FAULTS[how]
     register()
     common.load_task("Own-v0", "data.npz")
@@ -182,11 +170,11 @@ def test_an_environment_that_cannot_be_played_is_refused_before_training(how, re
         common.load_task("Own-v0", "data.npz")
 
 
-def test_actions_are_scaled_by_the_environment_with_its_wrappers(register, own):
+def test_actions_are_scaled_by_the_environment_with_its_wrappers(tmp_path):
     """Whose entry point has scaled them to +-2.5 already, here from +-2."""
     make = lambda: gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -2.5, 2.5)
     register(make)
-    path, rows = own()
+    path, rows = own(tmp_path)
     np.testing.assert_array_equal(load(path, "Own-v0")[0].action, clip(rows["actions"][KEPT] / 2.5))
     ours, theirs, action = common.load_task("Own-v0", str(path)).make_env(), make(), np.array([0.3], np.float32)
     for env in (ours, theirs):
@@ -194,7 +182,7 @@ def test_actions_are_scaled_by_the_environment_with_its_wrappers(register, own):
     np.testing.assert_array_equal(ours.step(action)[0], theirs.step(2.5 * action)[0])
 
 
-def test_what_the_environment_gets_is_inside_its_bounds_to_the_last_bit(register):
+def test_what_the_environment_gets_is_inside_its_bounds_to_the_last_bit():
     """Of all pairs of bounds among -1.3, -1.2, ..., 1.3. Without the clip, rescaling oversteps some."""
     pairs = itertools.combinations(np.linspace(-1.3, 1.3, 27, dtype=np.float32), 2)
     space = gymnasium.spaces.Box(*np.array(list(pairs)).T)
