@@ -43,6 +43,7 @@ def test_other_codes_take_a_batch_per_update():
     theirs = types.SimpleNamespace(bench=benchmark.Args(num_updates=40), config=config, agent=agent)
     theirs.data = types.SimpleNamespace(sample=lambda size: np.zeros((size, 3)))
     theirs.updates = lambda agent, batches: taken.append(batches.shape) or (agent, None)
-    for theirs.scan in (False, True):
+    for scan in (False, True):
+        theirs.scan = scan
         assert benchmark.Theirs.train(theirs) > 0
     assert taken == 20 * [(32, 3, True), (32, 3, False)] + 2 * [(20, 32, 3)]

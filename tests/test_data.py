@@ -183,15 +183,16 @@ def test_actions_are_scaled_by_the_environment_with_its_wrappers(tmp_path):
 
 
 def test_what_the_environment_gets_is_inside_its_bounds_to_the_last_bit():
-    """Of all pairs of bounds among -1.3, -1.2, ..., 1.3. Without the clip, rescaling oversteps some."""
+    """Of all pairs of bounds among -1.3, -1.2, ..., 1.3; also where an action oversteps them."""
     pairs = itertools.combinations(np.linspace(-1.3, 1.3, 27, dtype=np.float32), 2)
     space = gymnasium.spaces.Box(*np.array(list(pairs)).T)
     register(action_space=space)
     env = common.load_task("Own-v0", "data.npz").make_env()
     env.reset()
     for sign, bound in ((1, space.high), (-1, space.low)):
-        env.step(np.full(space.shape, sign, np.float32))
-        np.testing.assert_array_equal(env.unwrapped.taken, bound)
+        for size in (1, 3):
+            env.step(np.full(space.shape, sign * size, np.float32))
+            np.testing.assert_array_equal(env.unwrapped.taken, bound)
     env.step(np.zeros(space.shape, np.float32))
     np.testing.assert_allclose(env.unwrapped.taken, (space.low + space.high) / 2, atol=1e-7)
     assert env.unwrapped.taken.dtype == np.float32
