@@ -3,6 +3,7 @@
 Every algorithm's `main` uses `Run` in the same lines. `load_policy` gives the policy of a run's folder.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -142,9 +143,10 @@ def load_policy(folder: str, index: int = 0):
 
 
 def tell(text: str):
-    """Prints a line above the progress bar, at once."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Prints a line above the progress bar, at once; or not at all, so that a terminal that has gone stops no save."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 class Run:

@@ -206,6 +206,21 @@ def test_a_run_that_shall_outlive_its_terminal_does(begin):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+def test_a_run_whose_terminal_is_gone_saves_all_the_same(begin, monkeypatch):
+    """A connection drops, or Ctrl-C in `python ... | tee log` ends tee first: what is printed then raises."""
+
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    record, states = begin(num_updates=100), {"weight": np.zeros(2)}
+    monkeypatch.setattr(sys, "stdout", Gone())
+    os.kill(os.getpid(), signal.SIGHUP)
+    with pytest.raises(SystemExit, match="129"):
+        record.save(3, states)
+    assert run.read_checkpoint(record.folder, states)[0] == 3
+
+
 # ---------------------------------------------------------------------------------------------------------- folders
 def test_a_folder_is_one_runs_alone(begin, monkeypatch):
     monkeypatch.setattr(run.time, "strftime", lambda _: "now")
