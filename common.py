@@ -276,7 +276,7 @@ def resolve(args, task: Task, columns: dict[str, str]):
         raise Error("--seeds takes one or more different numbers, and --hidden-dims one or more widths")
     if args.num_updates % 10:
         raise Error(f"--num-updates {args.num_updates} is impossible: each tenth is evaluated: give a multiple of 10")
-    if args.dataset_path is not None and args.generate_episodes:
+    if args.dataset_path is not None and args.generate_episodes and args.resume is None:  # else made here, then moved
         raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")
     if args.dataset_path is not None:  # a run is resumed from any folder
         args = dataclasses.replace(args, dataset_path=os.path.abspath(os.path.expanduser(args.dataset_path)))

@@ -282,6 +282,10 @@ def test_a_run_goes_on_where_its_data_have_moved(data, begin, small, tmp_path):
     resume(folder, dataset_path=str(moved))
     record = json.loads((folder / "args.json").read_text())
     assert record["args"]["dataset_path"] == record["data"]["path"] == str(moved)
+    flags = record["args"] | {"dataset_path": None, "generate_episodes": 3}  # data that were made here may move, too
+    (folder / "args.json").write_text(json.dumps(record | {"args": flags}))
+    for dataset_path in (str(moved), None):
+        resume(folder, dataset_path=dataset_path)
     np.savez(moved, **dict(np.load(data)) | {"extra": 0})
     with pytest.raises(common.Error, match="moved.npz is not what .* was trained on"):
         resume(folder)
