@@ -75,12 +75,13 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
     return rows
 
 
-def cut_rows(path: pathlib.Path, last_step: int):
-    """Cuts off the end of a CSV: what was written after `last_step`, or half."""
-    kept = sum(int(row["step"]) <= last_step for row in read_rows(path))
+def cut_rows(path: pathlib.Path, num_rows: int):
+    """Cuts off what follows the first `num_rows` rows of a CSV. Raises Error if it has fewer."""
+    if len(read_rows(path)) < num_rows:
+        raise Error(f"{path} is damaged: it has lost rows: restore it, or move its folder away and start anew")
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        os.truncate(path, len("".join(lines[: kept + 1])) if kept else 0)
+        os.truncate(path, len("".join(lines[: num_rows + 1])) if num_rows else 0)
 
 
 def read_checkpoint(folder: pathlib.Path, states):
@@ -241,11 +242,14 @@ class Run:
     def restore(self, states):
         """Updates done, and the states [seeds, ...]: those of the checkpoint, or 0 and `states`.
 
-        The CSVs are cut back to these. Raises Error if the checkpoint is damaged or of other networks.
+        The CSVs are cut back to these. Raises Error if one has lost rows, or if the checkpoint is damaged or of other
+        networks.
         """
         step, states = read_checkpoint(self.folder, states)
-        for name in ("train", "eval", "episodes"):
-            cut_rows(self.folder / f"{name}.csv", step)
+        chunks, evaluations = (step // each * len(self.args.seeds) for each in (self.chunk, self.eval_interval))
+        cut_rows(self.folder / "train.csv", chunks)
+        cut_rows(self.folder / "eval.csv", evaluations)
+        cut_rows(self.folder / "episodes.csv", evaluations * self.args.eval_episodes)
         rows = read_rows(self.folder / "train.csv")
         self.diverged = {int(row["seed"]) for row in rows if row["diverged"] == "1"}
         self.bar.n = self.bar.initial = self.saved_step = step

@@ -302,6 +302,17 @@ def test_a_damaged_record_is_named(small, tmp_path):
             resume(folder)
 
 
+@pytest.mark.parametrize("name", FILES[:3])
+def test_a_record_that_has_lost_rows_is_named(name, small, tmp_path):
+    """As when a machine lost power, or a file was left out of a copy: the score would be of the evaluations left."""
+    path = copy_of(small, tmp_path) / name
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    for _ in range(2):
+        with pytest.raises(common.Error, match=f"{path} is damaged"):
+            resume(path.parent)
+        path.unlink(missing_ok=True)
+
+
 def test_another_commit_is_said_once_and_recorded(small, tmp_path, monkeypatch, capsys):
     begun = json.loads((small / "args.json").read_text())
     folder = copy_of(small, tmp_path)
