@@ -167,8 +167,8 @@ class Run:
         self.eval_interval = args.num_updates // 10  # updates between two evaluations
         self.chunk = max(size for size in range(1, 251) if self.eval_interval % size == 0)  # updates per `train`
         self.stop, self.training, self.saved_step = 0, False, 0  # the signal that asked to stop; see `ask_to_stop`
-        installed = {package.name: package.version for package in importlib.metadata.distributions()}
-        now = {"commit": git_commit(), "versions": {name: installed.get(name) for name in PACKAGES}}
+        version = lambda name: next((each.version for each in importlib.metadata.distributions(name=name)), None)
+        now = {"commit": git_commit(), "versions": {name: version(name) for name in PACKAGES}}
         now["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         now["matmul_precision"] = jax.config.jax_default_matmul_precision
         if args.resume is None:

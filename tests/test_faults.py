@@ -256,6 +256,14 @@ def test_a_dataset_is_found_from_any_folder(begin, data, tmp_path):
     assert begin(dataset_path="mine.npz").args.dataset_path == str(tmp_path / "mine.npz")
 
 
+def test_versions_are_of_what_is_imported(begin, tmp_path, monkeypatch):
+    """And not of another one later on the path, as in a virtual environment with --system-site-packages."""
+    (tmp_path / "jax-9.9.dist-info").mkdir()
+    (tmp_path / "jax-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: jax\nVersion: 9.9\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert begin().record["versions"]["jax"] == jax.__version__
+
+
 # -------------------------------------------------------------------------------------------------- resume and code
 def test_resume_refuses_what_is_not_its_own(small, tmp_path):
     for folder, algo, flags, sentence in (
