@@ -189,9 +189,13 @@ class Run:
             self.lock.acquire()
         except filelock.Timeout:
             raise Error(f"{self.folder} is being trained by another process: let that one end, or stop it")
-        write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
-        self.tracker = self.start_tracking() if args.track else None
-        self.print_banner(now)
+        try:
+            write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
+            self.tracker = self.start_tracking() if args.track else None
+            self.print_banner(now)
+        except BaseException:  # a notebook would hold on to the lock
+            self.lock.release()
+            raise
         calm = 0.1 if sys.stderr.isatty() else 10  # seconds between redraws of the bar: few in a log file
         bar = dict(total=args.num_updates, desc=self.record["algo"], unit="update", smoothing=0.1, mininterval=calm)
         self.bar = tqdm(**bar)
@@ -359,7 +363,6 @@ class Run:
                 resume="allow",
             )
         except Exception as error:
-            self.lock.release()
             raise Error(f"no Weights & Biases ({error}): log in, set WANDB_MODE=offline, or leave --track out")
         tracker.define_metric("*", step_metric="step")
         return tracker

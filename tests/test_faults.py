@@ -264,6 +264,18 @@ def test_versions_are_of_what_is_imported(begin, tmp_path, monkeypatch):
     assert begin().record["versions"]["jax"] == jax.__version__
 
 
+def test_a_run_that_cannot_begin_holds_nothing(begin, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Run, "print_banner", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        begin()
+    assert raised.tb  # keeps the run in memory, as a notebook does
+    with filelock.FileLock("run/.lock", timeout=0):
+        pass
+
+
 # -------------------------------------------------------------------------------------------------- resume and code
 def test_resume_refuses_what_is_not_its_own(small, tmp_path):
     for folder, algo, flags, sentence in (
