@@ -40,6 +40,18 @@ def identity(algo: str, args) -> dict:
     return json.loads(json.dumps({"algo": algo} | values))
 
 
+def hold(folder: pathlib.Path) -> filelock.FileLock:
+    """The lock of a run's folder, for this process alone. Raises Error if another one has it, or if none can."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Error(f"{folder} is in use by another process: let that one end, or stop it")
+    except OSError as error:
+        raise Error(f"cannot lock {folder} ({error.strerror}): copy it to where you may write")
+    return lock
+
+
 def write_file(path: pathlib.Path, content: bytes):
     """Writes a file that appears whole or not at all. Raises Error if there is no room or no right to."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -184,11 +196,7 @@ class Run:
             if changed := [f"{name} {record[name]}, now {now[name]}" for name in now if record[name] != now[name]]:
                 print(f"warning: begun with {'; '.join(changed)}", file=sys.stderr)
                 record["resumed"] = [*record.get("resumed", []), now]
-        self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-        try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            raise Error(f"{self.folder} is being trained by another process: let that one end, or stop it")
+        self.lock = hold(self.folder)
         try:
             write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
             self.tracker = self.start_tracking() if args.track else None

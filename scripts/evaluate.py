@@ -16,14 +16,13 @@ import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the GPU to what trains
 
-import filelock
 import imageio_ffmpeg
 import numpy as np
 import tyro
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common
-from run import append_rows, load_run, read_rows
+from run import append_rows, hold, load_run, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +69,7 @@ def main(args: Args):
         raise common.Error(f"{args.folder} is not finished: go on with it by --resume, then play")
     if args.num_samples and not hasattr(run, "num_samples"):
         raise common.Error(f"{args.folder} does not act by MaxQ: leave --num-samples out")
-    lock = filelock.FileLock(args.folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise common.Error(f"{args.folder} is in use by another process: let that one end, or stop it")
+    lock = hold(args.folder)  # noqa: F841 (until this process ends)
     task, seeds = common.load_task(run.env_name, run.dataset_path), run.seeds
     workers = args.num_workers or common.usable_cores()
     slots = common.slots_per_seed(len(seeds), run.eval_episodes, workers)

@@ -229,7 +229,7 @@ def test_a_folder_is_one_runs_alone(begin, monkeypatch):
     record = begin(folder="my run")
     with pytest.raises(common.Error, match="my run is there already: go on by --resume 'my run', or give another --fo"):
         begin(folder="my run")
-    with pytest.raises(common.Error, match="my run is being trained by another process"):
+    with pytest.raises(common.Error, match="my run is in use by another process"):
         resume(record.folder)
 
 
@@ -262,6 +262,15 @@ def test_versions_are_of_what_is_imported(begin, tmp_path, monkeypatch):
     (tmp_path / "jax-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: jax\nVersion: 9.9\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     assert begin().record["versions"]["jax"] == jax.__version__
+
+
+def test_a_folder_that_cannot_be_locked_is_named(begin, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(common.Error, match="cannot lock run .Permission denied.: copy it to where you may write"):
+        begin()
 
 
 def test_a_run_that_cannot_begin_holds_nothing(begin, monkeypatch):
