@@ -67,7 +67,9 @@ def write_file(path: pathlib.Path, content: bytes):
 
 
 def append_rows(path: pathlib.Path, rows: list[dict]):
-    """Appends rows to a CSV, the first with a header. Raises Error if there is no room or no right to."""
+    """Appends rows to a CSV, the first with a header. Raises Error, and leaves it as it was, if there is no room or no
+    right to."""
+    size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -75,6 +77,8 @@ def append_rows(path: pathlib.Path, rows: list[dict]):
                 writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
         raise Error(f"cannot write {path} ({error.strerror}): mend that, then resume the run")
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pwd
+import resource
 import shutil
 import signal
 import sys
@@ -156,6 +157,20 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
     go_on(common.Error, "cannot write run/checkpoint.msgpack .No space left on device.: mend that, then resume", mend)
     with pytest.raises(common.Error, match="cannot write /dev/full .No space left on device"):
         run.append_rows(common.pathlib.Path("/dev/full"), [{"step": 1}])
+
+
+def test_a_full_disk_leaves_no_half_row(tmp_path):
+    """Which the next row would be appended to."""
+    path, (soft, hard) = tmp_path / "x.csv", resource.getrlimit(resource.RLIMIT_FSIZE)
+    run.append_rows(path, [{"step": 1, "seed": 5, "score": "0.123456"}])
+    content = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) + 9, hard))
+    try:
+        with pytest.raises(common.Error, match="cannot write .*x.csv .File too large"):
+            run.append_rows(path, [{"step": 2, "seed": 5, "score": "0.123456"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == content
 
 
 STOPS = {name: (SystemExit, str(128 + getattr(signal, name))) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
