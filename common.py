@@ -268,8 +268,8 @@ def resolve(args, task: Task, columns: dict[str, str]):
         raise Error(f"the paper has no values for {task.name}: give {' '.join(missing)}")
     plain = lambda value: value.item() if isinstance(value, np.generic) else value
     values = vars(args) | values
-    for flag, value in values.items():  # lists and NumPy's numbers, as a search's code gives them
-        values[flag] = tuple(map(plain, value)) if isinstance(value, (list, tuple, np.ndarray)) else plain(value)
+    for flag, value in values.items():  # lists, ranges and NumPy's numbers, as a search's code gives them
+        values[flag] = tuple(map(plain, value)) if np.ndim(value) else plain(value)
     args = dataclasses.replace(args, **values)
     check_numbers(args)
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not args.hidden_dims:
