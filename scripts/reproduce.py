@@ -210,7 +210,7 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
                         process.send_signal(signal.SIGINT)
                         process.wait()
         shares.append(share)
-        state, lines = progress(cell)[0], log.read_text().splitlines()
+        state, lines = progress(cell)[0], log.read_text(errors="replace").splitlines()
         lines = [line for line in lines if line[:1].strip() and "%|" not in line]  # but for details and progress bars
         failed = state not in ("finished", "running") and not stop.is_set()
         said = [] if state == "running" else lines[-1:]  # by another reproduce.py that was quicker to start it
