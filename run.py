@@ -326,9 +326,9 @@ class Run:
 
     def ask_to_stop(self, number, frame):
         """Handles Ctrl-C, SIGTERM and SIGHUP: a run that is training saves at its chunk's end and leaves; one that
-        evaluates, or is about to, leaves at once with its last checkpoint. The second signal ends the program."""
+        evaluates, or is about to, leaves at once with its last checkpoint. A second one does what it did before."""
         self.stop = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self.handlers[number])
         if not self.training:
             self.leave()
         tell("stopping at the end of this chunk of updates")

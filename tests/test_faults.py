@@ -221,6 +221,13 @@ def test_a_run_that_shall_outlive_its_terminal_does(begin):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+def test_a_second_interrupt_ends_a_notebooks_cell_and_not_its_kernel(begin):
+    before = signal.getsignal(signal.SIGINT)
+    begin()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_a_run_whose_terminal_is_gone_saves_all_the_same(begin, monkeypatch):
     """A connection drops, or Ctrl-C in `python ... | tee log` ends tee first: what is printed then raises."""
 
