@@ -9,6 +9,7 @@ Nothing is trained. The episodes are those of the run's last evaluation, step by
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import sys
@@ -34,21 +35,21 @@ class Args:
 
 
 class Film(common.Slots):
-    """Environments that film what happens in them, an mp4 per slot."""
+    """Environments that film what happens in them, an mp4 per episode."""
 
-    def __init__(self, task: common.Task, num_films: int, num_slots: int, folder: pathlib.Path):
+    def __init__(self, task: common.Task, num_envs: int, num_slots: int, folder: pathlib.Path):
         size = {"width": 320, "height": 320} if isinstance(task, common.OGBench) else {}
-        super().__init__(task, list(range(num_films)), render_mode="rgb_array", **size)
-        self.num_slots, self.folder, self.writers = num_slots, folder, {}
+        super().__init__(task, list(range(num_envs)), render_mode="rgb_array", **size)
+        self.num_slots, self.folder, self.writers, self.numbers = num_slots, folder, {}, itertools.count()
 
     def step(self, commands: dict) -> dict:
-        """See `common.Slots`; a slot's film ends with its episode."""
+        """See `common.Slots`; a film begins and ends with its episode."""
         answers = super().step(commands)
         for slot, (_, score) in answers.items():
             env = self.envs[slot]
             frame = np.ascontiguousarray(env.render())
-            if slot not in self.writers:
-                path, fps = self.folder / f"episode-{slot}.mp4", env.metadata.get("render_fps", 20)
+            if isinstance(commands[slot], int):  # the episodes begin in their order
+                path, fps = self.folder / f"episode-{next(self.numbers)}.mp4", env.metadata.get("render_fps", 20)
                 self.writers[slot] = imageio_ffmpeg.write_frames(path, frame.shape[1::-1], fps=fps)
                 self.writers[slot].send(None)
             self.writers[slot].send(frame)
@@ -87,8 +88,8 @@ def main(args: Args):
     if args.capture_video:  # the first seed's first episodes; the policy acts for all seeds
         policy = lambda obs, keys: module.act(run, states, *(np.repeat(x, len(seeds), axis=0) for x in (obs, keys)))[:1]
         warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once
-        num_films = min(slots, 4)
-        film = Film(task, num_films, slots, args.folder)
+        num_films = min(4, run.eval_episodes)
+        film = Film(task, min(slots, num_films), slots, args.folder)
         scores = common.evaluate(policy, film, seeds[:1], step, num_films, run.eval_seed)
         for env in film.envs.values():
             env.close()  # while OpenGL is still there
