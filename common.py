@@ -252,8 +252,10 @@ def check_numbers(args):
         elif field.name in ("discount", "tau", "expectile", "learning_rate"):
             high = 1
         for number in value if isinstance(value, tuple) else (value,):
+            flag = f"--{field.name.replace('_', '-')}"
+            if whole and type(number) is float:  # of a notebook
+                raise Error(f"{flag} {number} is impossible: it is a whole number, like {number:.0f}")
             if type(number) in (int, float) and not low <= number <= high:  # a NaN is in no range
-                flag = f"--{field.name.replace('_', '-')}"
                 raise Error(f"{flag} {number} is impossible: it is from {low} to {high}")
 
 

@@ -78,6 +78,6 @@ def test_lists_and_numpys_numbers_are_what_they_look_like():
 def test_a_number_of_a_new_algorithm_may_be_any_from_0_up():
     args = dataclasses.make_dataclass("Args", [("temperature", float, 0.5), ("depth", int | None, 3)])
     common.check_numbers(args())
-    for flags in ({"temperature": -0.1}, {"temperature": float("nan")}, {"depth": 0}):
+    for flags in ({"temperature": -0.1}, {"temperature": float("nan")}, {"depth": 0}, {"depth": 1e6}):
         with pytest.raises(common.Error, match=f"--{[*flags][0]} .* is impossible"):
             common.check_numbers(args(**flags))
