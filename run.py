@@ -141,8 +141,7 @@ def load_run(folder: str):
     init = functools.partial(module.init, args, env.observation_space.shape[0], env.action_space.shape[0])
     step, states = read_checkpoint(folder, jax.eval_shape(jax.vmap(init), jnp.array(args.seeds, jnp.uint32)))
     if step == 0:
-        again = f"python algos/{record['algo']}.py --resume {shlex.quote(str(folder))}"
-        raise Error(f"{folder} has no checkpoint yet: {again}")
+        raise Error(f"{folder} has no checkpoint yet: go on with it by --resume")
     return module, args, step, jax.tree.map(jnp.asarray, states)
 
 

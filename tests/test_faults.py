@@ -480,7 +480,7 @@ def test_what_cannot_be_evaluated_again_is_refused(begin):
         ({}, "there is nothing to do"),
         ({"num_samples": (0,)}, "--num-samples 0 is impossible"),
         ({"num_samples": (1,), "num_workers": -1}, "--num-workers -1 is impossible"),
-        ({"num_samples": (1,)}, "run has no checkpoint yet: python algos/dmfql.py --resume run"),
+        ({"num_samples": (1,)}, "run has no checkpoint yet: go on with it by --resume"),
     ):
         with pytest.raises(common.Error, match=sentence):
             evaluate.main(evaluate.Args(folder, **flags))
