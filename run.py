@@ -318,6 +318,9 @@ class Run:
         if step % self.eval_interval == 0 or self.stop or time.monotonic() - self.saved_time > 600:
             saved = {"step": step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
             content = flax.serialization.msgpack_serialize(saved)
+            for path in self.folder.glob("*.csv"):  # a machine that loses its power then keeps the rows before it
+                with open(path) as file:
+                    os.fsync(file.fileno())
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
             self.saved_step, self.saved_time = step, time.monotonic()
         if self.stop:

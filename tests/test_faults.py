@@ -145,7 +145,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
     fsync, count = os.fsync, iter(range(100))
 
     def full(file):
-        if next(count) == 4:  # args.json and three checkpoints are there
+        if next(count) == 16:  # args.json and three checkpoints are there, and three CSVs are safe before each
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 
@@ -203,6 +203,16 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(
 
     monkeypatch.setattr(owner, where, interrupted)
     go_on(*STOPS[how], mend)
+
+
+def test_no_row_before_a_checkpoint_can_be_lost_with_a_machines_power(begin, monkeypatch):
+    record, synced = begin(num_updates=20), []
+    record.log(2, {"q": np.zeros(2)})
+    record.log_scores(2, np.zeros((2, 2)))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    record.save(2, {"weight": np.zeros(2)})
+    inodes = [os.stat(record.folder / name).st_ino for name in FILES]
+    assert sorted(synced[:3]) == sorted(inodes[:3]) and synced[3:] == inodes[3:]
 
 
 def test_a_checkpoint_is_written_every_ten_minutes(begin, monkeypatch):
