@@ -147,7 +147,7 @@ def load_run(folder: str):
 
 def load_policy(folder: str, index: int = 0):
     """The policy of a run's seed number `index`. It takes obs [obs_dim] and, for its noise, a key, and returns an
-    action [action_dim]."""
+    action [action_dim] in [-1, 1], as the environments of `common.load_task(...).make_env()` take it."""
     module, args, _, states = load_run(folder)
     state = jax.tree.map(lambda leaf: leaf[index : index + 1], states)
 
