@@ -331,6 +331,8 @@ class Run:
         evaluates, or is about to, leaves at once with its last checkpoint. A second one does what it did before."""
         self.stop = number
         signal.signal(number, self.handlers[number])
+        with contextlib.suppress(OSError):  # see `tell`
+            self.bar.close()
         if not self.training:
             self.leave()
         tell("stopping at the end of this chunk of updates")

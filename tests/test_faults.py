@@ -247,7 +247,9 @@ def test_a_run_whose_terminal_is_gone_saves_all_the_same(begin, monkeypatch):
 
     record, states = begin(num_updates=100), {"weight": np.zeros(2)}
     monkeypatch.setattr(sys, "stdout", Gone())
+    vars(record.bar).update(fp=Gone(), sp=record.bar.status_printer(Gone()), mininterval=0)  # 2>&1
     os.kill(os.getpid(), signal.SIGHUP)
+    record.log(3, {"q": np.zeros(2)})
     with pytest.raises(SystemExit, match="129"):
         record.save(3, states)
     assert run.read_checkpoint(record.folder, states)[0] == 3
