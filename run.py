@@ -82,19 +82,19 @@ def append_rows(path: pathlib.Path, rows: list[dict]):
         raise Error(f"cannot write {path} ({error.strerror}): mend that, then resume the run")
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a CSV that were written whole; none if there is no file. Raises Error if it is damaged."""
+def read_rows(path: pathlib.Path, at_least: int = 0) -> list[dict[str, str]]:
+    """The rows of a CSV that were written whole; none if there is no file. Raises Error if it is damaged, or has lost
+    some of `at_least` so many."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
-    if not all(str(row.get(key)).isdecimal() for row in rows for key in ("step", "seed")):
+    if len(rows) < at_least or not all(str(row.get(key)).isdecimal() for row in rows for key in ("step", "seed")):
         raise Error(f"{path} is damaged: restore it, or move its folder away and start anew")
     return rows
 
 
 def cut_rows(path: pathlib.Path, num_rows: int):
     """Cuts off what follows the first `num_rows` rows of a CSV. Raises Error if it has fewer."""
-    if len(read_rows(path)) < num_rows:
-        raise Error(f"{path} is damaged: it has lost rows: restore it, or move its folder away and start anew")
+    read_rows(path, at_least=num_rows)
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         os.truncate(path, len("".join(lines[: num_rows + 1])) if num_rows else 0)

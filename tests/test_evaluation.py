@@ -223,6 +223,7 @@ def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
     assert common.usable_cores() == 2
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")
 def test_four_episodes_are_filmed_however_few_are_played_at_a_time(tmp_path):
     """As many at a time as in the run's evaluations: with many seeds on few cores, two."""
 
