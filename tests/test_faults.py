@@ -379,12 +379,12 @@ def test_a_record_that_has_lost_rows_is_named(name, small, tmp_path):
 def test_another_commit_is_said_once_and_recorded(small, tmp_path, monkeypatch, capsys):
     begun = json.loads((small / "args.json").read_text())
     folder = copy_of(small, tmp_path)
-    monkeypatch.setattr(run, "git_commit", lambda: "abc")
+    monkeypatch.setattr(run, "git_commit", lambda: "xyz")
     resume(folder)
     said = capsys.readouterr().err
-    assert said.count("warning") == 1 and said.count(begun["commit"]) == said.count("abc") == 1
+    assert said.count("warning") == 1 and said.count(begun["commit"]) == said.count("xyz") == 1
     record = json.loads((folder / "args.json").read_text())
-    assert record["commit"] == begun["commit"] and [later["commit"] for later in record["resumed"]] == ["abc"]
+    assert record["commit"] == begun["commit"] and [later["commit"] for later in record["resumed"]] == ["xyz"]
     assert "jaxlib" not in said  # the versions are the same
 
 
