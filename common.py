@@ -252,8 +252,10 @@ def check_numbers(args):
         elif field.name in ("discount", "tau", "expectile", "learning_rate"):
             high = 1
         for number in value if isinstance(value, tuple) else (value,):
+            flag = f"--{field.name.replace('_', '-')}"
+            if whole and type(number) is float:  # of a notebook
+                raise Error(f"{flag} {number} is impossible: it is a whole number, like {number:.0f}")
             if type(number) in (int, float) and not low <= number <= high:  # a NaN is in no range
-                flag = f"--{field.name.replace('_', '-')}"
                 raise Error(f"{flag} {number} is impossible: it must be from {low} to {high}")
 
 
@@ -268,15 +270,15 @@ def resolve(args, task: Task, columns: dict[str, str]):
         raise Error(f"the paper has no values for {task.name}: give {' '.join(missing)}")
     plain = lambda value: value.item() if isinstance(value, np.generic) else value
     values = vars(args) | values
-    for flag, value in values.items():  # lists and NumPy's numbers, as a hyperparameter search gives them
-        values[flag] = tuple(map(plain, value)) if isinstance(value, (list, tuple, np.ndarray)) else plain(value)
+    for flag, value in values.items():  # lists, ranges and NumPy's numbers, as a hyperparameter search gives them
+        values[flag] = tuple(map(plain, value)) if np.ndim(value) else plain(value)
     args = dataclasses.replace(args, **values)
     check_numbers(args)
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not args.hidden_dims:
         raise Error("--seeds takes one or more different numbers, and --hidden-dims one or more widths")
     if args.num_updates % 10:
         raise Error(f"--num-updates {args.num_updates} is impossible (each tenth is evaluated): give a multiple of 10")
-    if args.dataset_path is not None and args.generate_episodes:
+    if args.dataset_path is not None and args.generate_episodes and args.resume is None:  # else made here, then moved
         raise Error("--dataset-path and --generate-episodes exclude each other: give one of them")
     if args.dataset_path is not None:  # a run is resumed from any folder
         args = dataclasses.replace(args, dataset_path=os.path.abspath(os.path.expanduser(args.dataset_path)))

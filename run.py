@@ -3,6 +3,7 @@
 Every algorithm's `main` uses `Run` in the same lines. `load_policy` gives the policy of a run's folder.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -39,6 +40,18 @@ def identity(algo: str, args) -> dict:
     return json.loads(json.dumps({"algo": algo} | values))
 
 
+def hold(folder: pathlib.Path) -> filelock.FileLock:
+    """The lock of a run's folder, for this process alone. Raises Error if another one has it, or if none can."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Error(f"{folder} is in use by another process: let that one end, or stop it")
+    except OSError as error:
+        raise Error(f"cannot lock {folder} ({error.strerror}): copy it to where you may write")
+    return lock
+
+
 def write_file(path: pathlib.Path, content: bytes):
     """Writes a file that appears whole or not at all. Raises Error without room or permission."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -65,21 +78,22 @@ def append_rows(path: pathlib.Path, rows: list[dict]):
         raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """The complete rows of a CSV; none if there is no file. Raises Error if it is damaged."""
+def read_rows(path: pathlib.Path, at_least: int = 0) -> list[dict[str, str]]:
+    """The complete rows of a CSV; none if there is no file. Raises Error if it is damaged, or has fewer than
+    `at_least`."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
-    if not all(str(row.get(key)).isdecimal() for row in rows for key in ("step", "seed")):
+    if len(rows) < at_least or not all(str(row.get(key)).isdecimal() for row in rows for key in ("step", "seed")):
         raise Error(f"{path} is damaged: restore it, or move its folder away and start again")
     return rows
 
 
-def cut_rows(path: pathlib.Path, last_step: int):
-    """Cuts off the end of a CSV: rows after `last_step`, and an incomplete row."""
-    kept = sum(int(row["step"]) <= last_step for row in read_rows(path))
+def cut_rows(path: pathlib.Path, num_rows: int):
+    """Cuts off what follows the first `num_rows` rows of a CSV. Raises Error if it has fewer."""
+    read_rows(path, at_least=num_rows)
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        os.truncate(path, len("".join(lines[: kept + 1])) if kept else 0)
+        os.truncate(path, len("".join(lines[: num_rows + 1])) if num_rows else 0)
 
 
 def read_checkpoint(folder: pathlib.Path, states):
@@ -123,14 +137,13 @@ def load_run(folder: str):
     init = functools.partial(module.init, args, env.observation_space.shape[0], env.action_space.shape[0])
     step, states = read_checkpoint(folder, jax.eval_shape(jax.vmap(init), jnp.array(args.seeds, jnp.uint32)))
     if step == 0:
-        again = f"python algos/{record['algo']}.py --resume {shlex.quote(str(folder))}"
-        raise Error(f"{folder} has no checkpoint yet: {again}")
+        raise Error(f"{folder} has no checkpoint yet: go on with it by --resume")
     return module, args, step, jax.tree.map(jnp.asarray, states)
 
 
 def load_policy(folder: str, index: int = 0):
     """The policy of a run's seed number `index`. It takes obs [obs_dim] and, for its noise, a key, and returns an
-    action [action_dim]."""
+    action [action_dim] in [-1, 1], as the environments of `common.load_task(...).make_env()` take it."""
     module, args, _, states = load_run(folder)
     state = jax.tree.map(lambda leaf: leaf[index : index + 1], states)
 
@@ -142,9 +155,10 @@ def load_policy(folder: str, index: int = 0):
 
 
 def tell(text: str):
-    """Prints a line above the progress bar, at once."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Prints a line above the progress bar, at once; or not at all, so that a terminal that has gone stops no save."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 class Run:
@@ -164,8 +178,8 @@ class Run:
         self.eval_interval = args.num_updates // 10  # updates between two evaluations
         self.chunk = max(size for size in range(1, 251) if self.eval_interval % size == 0)  # updates per `train`
         self.stop, self.training, self.saved_step = 0, False, 0  # the signal that asked to stop; see `ask_to_stop`
-        installed = {package.name: package.version for package in importlib.metadata.distributions()}
-        now = {"commit": git_commit(), "versions": {name: installed.get(name) for name in PACKAGES}}
+        version = lambda name: next((each.version for each in importlib.metadata.distributions(name=name)), None)
+        now = {"commit": git_commit(), "versions": {name: version(name) for name in PACKAGES}}
         now["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         now["matmul_precision"] = jax.config.jax_default_matmul_precision
         if args.resume is None:
@@ -181,14 +195,14 @@ class Run:
             if changed := [f"{name} {record[name]}, now {now[name]}" for name in now if record[name] != now[name]]:
                 print(f"warning: begun with {'; '.join(changed)}", file=sys.stderr)
                 record["resumed"] = [*record.get("resumed", []), now]
-        self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+        self.lock = hold(self.folder)
         try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            raise Error(f"{self.folder} is being trained by another process: let that one end, or stop it")
-        write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
-        self.tracker = self.start_tracking() if args.track else None
-        self.print_banner(now)
+            write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
+            self.tracker = self.start_tracking() if args.track else None
+            self.print_banner(now)
+        except BaseException:  # a notebook would hold on to the lock
+            self.lock.release()
+            raise
         calm = 0.1 if sys.stderr.isatty() else 10  # seconds between redraws of the bar: few in a log file
         bar = dict(total=args.num_updates, desc=self.record["algo"], unit="update", smoothing=0.1, mininterval=calm)
         self.bar = tqdm(**bar)
@@ -239,11 +253,14 @@ class Run:
     def restore(self, states):
         """Updates done, and the states [seeds, ...]: those of the checkpoint, or 0 and `states`.
 
-        The CSVs are cut back to that update. Raises Error if the checkpoint is damaged or of other networks.
+        The CSVs are cut back to that update. Raises Error if one has lost rows, or if the checkpoint is damaged or of
+        other networks.
         """
         step, states = read_checkpoint(self.folder, states)
-        for name in ("train", "eval", "episodes"):
-            cut_rows(self.folder / f"{name}.csv", step)
+        chunks, evaluations = (step // each * len(self.args.seeds) for each in (self.chunk, self.eval_interval))
+        cut_rows(self.folder / "train.csv", chunks)
+        cut_rows(self.folder / "eval.csv", evaluations)
+        cut_rows(self.folder / "episodes.csv", evaluations * self.args.eval_episodes)
         rows = read_rows(self.folder / "train.csv")
         self.diverged = {int(row["seed"]) for row in rows if row["diverged"] == "1"}
         self.bar.n = self.bar.initial = self.saved_step = step
@@ -297,6 +314,9 @@ class Run:
         if step % self.eval_interval == 0 or self.stop or time.monotonic() - self.saved_time > 600:
             saved = {"step": step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
             content = flax.serialization.msgpack_serialize(saved)
+            for path in self.folder.glob("*.csv"):  # a machine that loses its power then keeps the rows before it
+                with open(path) as file:
+                    os.fsync(file.fileno())
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
             self.saved_step, self.saved_time = step, time.monotonic()
         if self.stop:
@@ -304,9 +324,11 @@ class Run:
 
     def ask_to_stop(self, number, frame):
         """Handles Ctrl-C, SIGTERM and SIGHUP: a run that is training saves at its chunk's end and leaves; one that
-        evaluates, or is about to, leaves at once with its last checkpoint. A second signal kills the program."""
+        evaluates, or is about to, leaves at once with its last checkpoint. A second one does what it did before."""
         self.stop = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self.handlers[number])
+        with contextlib.suppress(OSError):  # see `tell`
+            self.bar.close()
         if not self.training:
             self.leave()
         tell("stopping at the end of this chunk of updates")
@@ -353,7 +375,6 @@ class Run:
                 resume="allow",
             )
         except Exception as error:
-            self.lock.release()
             raise Error(f"no Weights & Biases ({error}): log in, set WANDB_MODE=offline, or leave --track out")
         tracker.define_metric("*", step_metric="step")
         return tracker

@@ -9,6 +9,7 @@ Nothing is trained. The episodes are those of the run's last evaluation: the sam
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import sys
@@ -16,14 +17,13 @@ import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the GPU to training
 
-import filelock
 import imageio_ffmpeg
 import numpy as np
 import tyro
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common
-from run import append_rows, load_run, read_rows
+from run import append_rows, cut_rows, hold, load_run, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +35,21 @@ class Args:
 
 
 class Film(common.Slots):
-    """Environments that film what happens in them, an mp4 per slot."""
+    """Environments that film what happens in them, an mp4 per episode."""
 
-    def __init__(self, task: common.Task, num_films: int, num_slots: int, folder: pathlib.Path):
+    def __init__(self, task: common.Task, num_envs: int, num_slots: int, folder: pathlib.Path):
         size = {"width": 320, "height": 320} if isinstance(task, common.OGBench) else {}
-        super().__init__(task, list(range(num_films)), render_mode="rgb_array", **size)
-        self.num_slots, self.folder, self.writers = num_slots, folder, {}
+        super().__init__(task, list(range(num_envs)), render_mode="rgb_array", **size)
+        self.num_slots, self.folder, self.writers, self.numbers = num_slots, folder, {}, itertools.count()
 
     def step(self, commands: dict) -> dict:
-        """See `common.Slots`; a slot's film ends with its episode."""
+        """See `common.Slots`; a film begins and ends with its episode."""
         answers = super().step(commands)
         for slot, (_, score) in answers.items():
             env = self.envs[slot]
             frame = np.ascontiguousarray(env.render())
-            if slot not in self.writers:
-                path, fps = self.folder / f"episode-{slot}.mp4", env.metadata.get("render_fps", 20)
+            if isinstance(commands[slot], int):  # the episodes begin in their order
+                path, fps = self.folder / f"episode-{next(self.numbers)}.mp4", env.metadata.get("render_fps", 20)
                 self.writers[slot] = imageio_ffmpeg.write_frames(path, frame.shape[1::-1], fps=fps)
                 self.writers[slot].send(None)
             self.writers[slot].send(frame)
@@ -70,17 +70,14 @@ def main(args: Args):
         raise common.Error(f"{args.folder} is not finished: resume it by --resume first")
     if args.num_samples and not hasattr(run, "num_samples"):
         raise common.Error(f"{args.folder} does not act by MaxQ: leave --num-samples out")
-    lock = filelock.FileLock(args.folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise common.Error(f"{args.folder} is in use by another process: let that one end, or stop it")
+    lock = hold(args.folder)  # noqa: F841 (until this process ends)
     task, seeds = common.load_task(run.env_name, run.dataset_path), run.seeds
     workers = args.num_workers or common.usable_cores()
     slots = common.slots_per_seed(len(seeds), run.eval_episodes, workers)
     if args.num_samples:
         path = args.folder / "num_samples.csv"
-        done = {row["num_samples"] for row in read_rows(path)}
+        cut_rows(path, len(rows := read_rows(path)))  # a row may be incomplete, if the disk was full
+        done = {row["num_samples"] for row in rows}
         with common.Environments(task, len(seeds), run.eval_episodes, workers) as envs:
             for n in [n for n in args.num_samples if str(n) not in done]:
                 policy = functools.partial(module.act, dataclasses.replace(run, num_samples=n), states)
@@ -92,8 +89,8 @@ def main(args: Args):
     if args.capture_video:  # the first seed's first episodes; the policy acts for all seeds
         policy = lambda obs, keys: module.act(run, states, *(np.repeat(x, len(seeds), axis=0) for x in (obs, keys)))[:1]
         warnings.filterwarnings("ignore", message="os.fork")  # jax warns, but the encoder is executed at once
-        num_films = min(slots, 4)
-        film = Film(task, num_films, slots, args.folder)
+        num_films = min(4, run.eval_episodes)
+        film = Film(task, min(slots, num_films), slots, args.folder)
         scores = common.evaluate(policy, film, seeds[:1], step, num_films, run.eval_seed)
         for env in film.envs.values():
             env.close()  # while OpenGL is still there

@@ -114,6 +114,8 @@ def main(args: Args):
         raise common.Error(f"{args.num_episodes} episodes of {args.dataset} cannot be made: "
                            f"give a set like scene-play-v0, of cube, scene or puzzle")  # fmt: skip
     path = args.path or pathlib.Path(f"{args.dataset}.npz")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):  # better now than after the work
+        raise common.Error(f"cannot write {path}: give another path, in a folder that is there and yours")
     context = multiprocessing.get_context("forkserver")
     with concurrent.futures.ProcessPoolExecutor(common.usable_cores(), context, common.follow_parent) as pool:
         episodes = pool.map(functools.partial(collect_episode, args.dataset), range(args.num_episodes))

@@ -8,6 +8,7 @@ results/<name>/runs.csv. README.md and the pictures beside it are made from that
 """
 
 import contextlib
+import glob
 import itertools
 import pathlib
 import re
@@ -56,7 +57,7 @@ Made from [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     """A row per table, task, column, seed and evaluation of the selected cells, as far as they have been run."""
     runs = []
-    for path in sorted(pathlib.Path("runs").rglob("args.json")):
+    for path in sorted(map(pathlib.Path, glob.glob("runs/**/args.json", recursive=True))):  # also behind links
         with contextlib.suppress(common.Error):  # another program's
             runs.append((path.parent, common.read_record(path.parent)))
     answers = [identity(record["algo"], types.SimpleNamespace(**record["args"])) for _, record in runs]

@@ -81,7 +81,7 @@ class Args(Selection):
     gpus: int | None = None  # GPUs per run (None: all on this machine, none on SLURM)
     cpus: int = 8  # CPU cores per run, on SLURM
     hours: int = 24  # time limit on SLURM, at which a job saves and is queued again
-    slurm: tuple[str, ...] = ()  # more options of sbatch, like partition=long account=me
+    slurm: tuple[str, ...] = ()  # more options of sbatch, like partition=long exclusive
     dry_run: bool = False  # print what would run, and start nothing
 
 
@@ -180,7 +180,8 @@ def submit(cells: list[Cell], args: Args, flags: list[str]):
         raise common.Error("--cluster slurm: there is no SLURM on this machine (srun is not found): leave it out")
     executor = submitit.AutoExecutor("runs/.jobs", cluster="slurm", slurm_max_num_timeout=10**6)
     executor.update_parameters(timeout_min=60 * args.hours, cpus_per_task=args.cpus, gpus_per_node=args.gpus)
-    executor.update_parameters(slurm_additional_parameters=dict(option.split("=", 1) for option in args.slurm))
+    options = {name: value or True for name, _, value in (option.partition("=") for option in args.slurm)}
+    executor.update_parameters(slurm_additional_parameters=options)
     for cell in cells:
         words = [cell.table, "--tasks", cell.task, "--algos", cell.column, "--name", args.name, "--", *flags]
         executor.update_parameters(name=f"{cell.folder.name}-{cell.task}")
@@ -210,7 +211,7 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
                         process.send_signal(signal.SIGINT)
                         process.wait()
         shares.append(share)
-        state, lines = progress(cell)[0], log.read_text().splitlines()
+        state, lines = progress(cell)[0], log.read_text(errors="replace").splitlines()
         lines = [line for line in lines if line[:1].strip() and "%|" not in line]  # without details and progress bars
         failed = state not in ("finished", "running") and not stop.is_set()
         said = [] if state == "running" else lines[-1:]  # another reproduce.py has started it

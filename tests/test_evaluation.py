@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import evaluate
 import jax
 import numpy as np
 import pytest
@@ -158,3 +159,19 @@ def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr(pathlib.Path, "read_text", lambda path: {"/sys/fs/cgroup/cpu.max": "250000 100000"}[str(path)])
     assert common.usable_cores() == 2
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_four_episodes_are_filmed_however_few_are_played_at_a_time(tmp_path):
+    """As many at a time as in the run's evaluations: with many seeds on few cores, two."""
+
+    def make_env(**_):
+        env = PENDULUM.make_env()
+        env.render = lambda: np.zeros((16, 16, 3), np.uint8)
+        return env
+
+    task = types.SimpleNamespace(make_env=make_env, score=PENDULUM.score)
+    film = evaluate.Film(task, 2, 2, tmp_path)
+    scores = common.evaluate(lambda obs, keys: obs[..., :1], film, (7,), 70, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {f"episode-{i}.mp4" for i in range(4)} and not film.writers
+    assert np.isfinite(scores).all()

@@ -144,7 +144,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
     fsync, count = os.fsync, iter(range(100))
 
     def full(file):
-        if next(count) == 4:  # args.json and three checkpoints are there
+        if next(count) == 16:  # args.json and three checkpoints are there, and three CSVs are safe before each
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 
@@ -190,6 +190,16 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(
     go_on(*STOPS[how], mend)
 
 
+def test_no_row_before_a_checkpoint_can_be_lost_with_a_machines_power(begin, monkeypatch):
+    record, synced = begin(num_updates=20), []
+    record.log(2, {"q": np.zeros(2)})
+    record.log_scores(2, np.zeros((2, 2)))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    record.save(2, {"weight": np.zeros(2)})
+    inodes = [os.stat(record.folder / name).st_ino for name in FILES]
+    assert sorted(synced[:3]) == sorted(inodes[:3]) and synced[3:] == inodes[3:]
+
+
 def test_a_checkpoint_is_written_every_ten_minutes(begin, monkeypatch):
     minutes, path = [0.0], common.pathlib.Path("run/checkpoint.msgpack")
     monkeypatch.setattr(run.time, "monotonic", lambda: 60 * minutes[0])
@@ -206,6 +216,30 @@ def test_a_run_that_shall_outlive_its_terminal_does(begin):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+def test_a_second_interrupt_ends_a_notebooks_cell_and_not_its_kernel(begin):
+    before = signal.getsignal(signal.SIGINT)
+    begin()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_run_whose_terminal_is_gone_saves_all_the_same(begin, monkeypatch):
+    """A connection drops, or Ctrl-C in `python ... | tee log` ends tee first: what is printed then raises."""
+
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    record, states = begin(num_updates=100), {"weight": np.zeros(2)}
+    monkeypatch.setattr(sys, "stdout", Gone())
+    vars(record.bar).update(fp=Gone(), sp=record.bar.status_printer(Gone()), mininterval=0)  # 2>&1
+    os.kill(os.getpid(), signal.SIGHUP)
+    record.log(3, {"q": np.zeros(2)})
+    with pytest.raises(SystemExit, match="129"):
+        record.save(3, states)
+    assert run.read_checkpoint(record.folder, states)[0] == 3
+
+
 # ---------------------------------------------------------------------------------------------------------- folders
 def test_a_folder_is_one_runs_alone(begin, monkeypatch):
     monkeypatch.setattr(run.time, "strftime", lambda _: "now")
@@ -214,7 +248,7 @@ def test_a_folder_is_one_runs_alone(begin, monkeypatch):
     record = begin(folder="my run")
     with pytest.raises(common.Error, match="my run is there already: resume it by --resume 'my run', or give anoth"):
         begin(folder="my run")
-    with pytest.raises(common.Error, match="my run is being trained by another process"):
+    with pytest.raises(common.Error, match="my run is in use by another process"):
         resume(record.folder)
 
 
@@ -239,6 +273,35 @@ def test_without_a_home_a_run_on_a_given_file_is_trained_all_the_same(begin, mon
 def test_a_dataset_is_found_from_any_folder(begin, data, tmp_path):
     shutil.copy(data, tmp_path / "mine.npz")
     assert begin(dataset_path="mine.npz").args.dataset_path == str(tmp_path / "mine.npz")
+
+
+def test_versions_are_of_what_is_imported(begin, tmp_path, monkeypatch):
+    """And not of another one later on the path, as in a virtual environment with --system-site-packages."""
+    (tmp_path / "jax-9.9.dist-info").mkdir()
+    (tmp_path / "jax-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: jax\nVersion: 9.9\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert begin().record["versions"]["jax"] == jax.__version__
+
+
+def test_a_folder_that_cannot_be_locked_is_named(begin, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(common.Error, match="cannot lock run .Permission denied.: copy it to where you may write"):
+        begin()
+
+
+def test_a_run_that_cannot_begin_holds_nothing(begin, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Run, "print_banner", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        begin()
+    assert raised.tb  # keeps the run in memory, as a notebook does
+    with filelock.FileLock("run/.lock", timeout=0):
+        pass
 
 
 # -------------------------------------------------------------------------------------------------- resume and code
@@ -267,6 +330,10 @@ def test_a_run_goes_on_where_its_data_have_moved(data, begin, small, tmp_path):
     resume(folder, dataset_path=str(moved))
     record = json.loads((folder / "args.json").read_text())
     assert record["args"]["dataset_path"] == record["data"]["path"] == str(moved)
+    flags = record["args"] | {"dataset_path": None, "generate_episodes": 3}  # data that were made here may move, too
+    (folder / "args.json").write_text(json.dumps(record | {"args": flags}))
+    for dataset_path in (str(moved), None):
+        resume(folder, dataset_path=dataset_path)
     np.savez(moved, **dict(np.load(data)) | {"extra": 0})
     with pytest.raises(common.Error, match="moved.npz is not what .* was trained on"):
         resume(folder)
@@ -283,15 +350,26 @@ def test_a_damaged_record_is_named(small, tmp_path):
             resume(folder)
 
 
+@pytest.mark.parametrize("name", FILES[:3])
+def test_a_record_that_has_lost_rows_is_named(name, small, tmp_path):
+    """As when a machine lost power, or a file was left out of a copy: the score would be of the evaluations left."""
+    path = copy_of(small, tmp_path) / name
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    for _ in range(2):
+        with pytest.raises(common.Error, match=f"{path} is damaged"):
+            resume(path.parent)
+        path.unlink(missing_ok=True)
+
+
 def test_another_commit_is_said_once_and_recorded(small, tmp_path, monkeypatch, capsys):
     begun = json.loads((small / "args.json").read_text())
     folder = copy_of(small, tmp_path)
-    monkeypatch.setattr(run, "git_commit", lambda: "abc")
+    monkeypatch.setattr(run, "git_commit", lambda: "xyz")
     resume(folder)
     said = capsys.readouterr().err
-    assert said.count("warning") == 1 and said.count(begun["commit"]) == said.count("abc") == 1
+    assert said.count("warning") == 1 and said.count(begun["commit"]) == said.count("xyz") == 1
     record = json.loads((folder / "args.json").read_text())
-    assert record["commit"] == begun["commit"] and [later["commit"] for later in record["resumed"]] == ["abc"]
+    assert record["commit"] == begun["commit"] and [later["commit"] for later in record["resumed"]] == ["xyz"]
     assert "jaxlib" not in said  # the versions are the same
 
 
@@ -399,7 +477,7 @@ def test_what_cannot_be_evaluated_again_is_refused(begin):
         ({}, "there is nothing to do"),
         ({"num_samples": (0,)}, "--num-samples 0 is impossible"),
         ({"num_samples": (1,), "num_workers": -1}, "--num-workers -1 is impossible"),
-        ({"num_samples": (1,)}, "run has no checkpoint yet: python algos/dmfql.py --resume run"),
+        ({"num_samples": (1,)}, "run has no checkpoint yet: go on with it by --resume"),
     ):
         with pytest.raises(common.Error, match=sentence):
             evaluate.main(evaluate.Args(folder, **flags))

@@ -6,6 +6,8 @@ import generate
 import numpy as np
 import pytest
 
+import common
+
 
 @pytest.fixture
 def env(monkeypatch):
@@ -44,3 +46,10 @@ def test_an_episode_that_is_refused_is_made_from_another_seed(env, monkeypatch):
     monkeypatch.setattr(generate, "healthy", lambda dataset, qpos: next(answers))
     generate.collect_episode("scene-play-v0", 0)
     assert len(set(env.seeds)) == len(env.seeds) == 3
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate.concurrent.futures, "ProcessPoolExecutor", None)
+    for path in (tmp_path / "nowhere" / "x.npz", tmp_path):
+        with pytest.raises(common.Error, match=f"cannot write {path}"):
+            generate.main(generate.Args("scene-play-v0", 1, path))

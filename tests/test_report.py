@@ -81,6 +81,9 @@ def small(tmp_path_factory):
         for name, text in (("another-programs", '{"lr": 1}'), ("damaged", "{"), ("a-list", "[]")):  # are passed over
             (runs / name).mkdir(parents=True)
             (runs / name / "args.json").write_text(text)
+        pathlib.Path("disk").mkdir()
+        (runs / "a").mkdir()
+        (runs / "a" / "b").symlink_to(pathlib.Path("disk").absolute())  # as where runs are kept on another disk
         record_run(runs / "job-1", mfql, (1,))
         record_run(runs / "a" / "b" / "job-2", mfql, (2,), num_workers=7)
         record_run(runs / "job-2-begun", mfql, (2,), tenths=3)

@@ -123,6 +123,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(target, whole, tmp_path):
 def test_policies_played_again_score_what_they_scored(whole):
     """The run's last evaluation, episode by episode, by other workers; and with one sample, other numbers."""
     folder, _ = whole
+    (folder / "num_samples.csv").write_text("step,seed,num_samples,score\n10000,5,")  # what a full disk has left
     finish(start(f"{ROOT}/scripts/evaluate.py {folder} --num-samples 2 1 --num-workers 3", folder))
     last, again = read_rows(folder / "eval.csv")[-2:], read_rows(folder / "num_samples.csv")
     assert [(row["num_samples"], row["seed"]) for row in again] == [("2", "5"), ("2", "6"), ("1", "5"), ("1", "6")]

@@ -68,6 +68,7 @@ def test_lists_and_numpys_numbers_are_what_they_look_like():
     """As a search's code gives them."""
     algo, task = load_algo("dmfql"), common.load_task("scene-play")
     plain = {"seeds": (1, 2), "hidden_dims": (16, 8), "delta": 0.5, "num_updates": 20}
+    assert common.resolve(algo.Args(seeds=range(1, 3)), task, algo.PAPER_COLUMNS).seeds == (1, 2)
     given = {"seeds": [np.uint32(1), 2], "hidden_dims": np.array([16, 8]), "delta": np.float32(0.5)}
     expected = common.resolve(algo.Args(**plain), task, algo.PAPER_COLUMNS)
     found = common.resolve(algo.Args(**given, num_updates=np.int64(20)), task, algo.PAPER_COLUMNS)
@@ -77,6 +78,6 @@ def test_lists_and_numpys_numbers_are_what_they_look_like():
 def test_a_number_of_a_new_algorithm_may_be_any_from_0_up():
     args = dataclasses.make_dataclass("Args", [("temperature", float, 0.5), ("depth", int | None, 3)])
     common.check_numbers(args())
-    for flags in ({"temperature": -0.1}, {"temperature": float("nan")}, {"depth": 0}):
+    for flags in ({"temperature": -0.1}, {"temperature": float("nan")}, {"depth": 0}, {"depth": 1e6}):
         with pytest.raises(common.Error, match=f"--{[*flags][0]} .* is impossible"):
             common.check_numbers(args(**flags))
