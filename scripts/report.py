@@ -65,12 +65,12 @@ def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     parts = []
     for cell in expand(selection, flags):
         asked, usual = identity(cell.algo, cell.args), paper[cell[:3]]
-        matter = usual.keys() - {*DATA, *(EVALUATION if cell.table in NORMS else ())}
+        free = {flag: asked[flag] for flag in EVALUATION if cell.table in NORMS}  # what may differ from the request
+        matter = usual.keys() - {*DATA, *free}
         changed = {key: value for key, value in asked.items() if value != usual[key] and key in matter}
-        free = {}  # what may differ from the request
         if changed.keys() <= {"num_updates"} and asked["num_updates"] <= usual["num_updates"]:
             # Nothing depends on a run's length: one with fewer updates is the beginning of the paper's.
-            changed, free = {}, {"num_updates": usual["num_updates"]}
+            changed, free = {}, free | {"num_updates": usual["num_updates"]}
         asked |= free
         told = ", ".join(re.sub(r"[\[,\]]", "", f"{key} {value}") for key, value in changed.items())
         found = [read_run(cell, asked["num_updates"], *r) for r, answer in zip(runs, answers) if answer | free == asked]
@@ -203,10 +203,9 @@ def curve_table(table: str, rows: pd.DataFrame) -> str:
     lines = [["task", "algorithm", "updates", "seeds", rows.unit.iloc[0], "authors [min, max]"]]
     for (task, column, step), seeds in rows.groupby(["task", "column", "step"], sort=False):
         mean, low, high = seeds[CURVE].iloc[0]
-        if step % 100_000 == 0 or (step <= 10_000 and mean >= 0):
+        if step % 100_000 == 0 or step <= 10_000:
             line = [task, column, f"{step:,}", str(len(seeds)), show([seeds.score.to_numpy()], digits)]
-            theirs = f"{mean:.{digits}f} [{round(low, digits):g}, {round(high, digits):g}]"
-            lines.append([*line, theirs if mean >= 0 else ""])
+            lines.append([*line, f"{mean:.{digits}f} [{round(low, digits):g}, {round(high, digits):g}]"])
     return markdown(lines)
 
 
@@ -269,8 +268,8 @@ def main(args: Selection, flags: list[str]):
             texts.append(score_table(table, part))
         if table == "table4":  # which has no curves
             continue
-        if len(full := part[part.changed.isna()]):
-            texts.append(curve_table(table, full))
+        if len(compared := part[part.changed.isna() & part["mean"].notna()]):
+            texts.append(curve_table(table, compared))
         picture = f"{table}-{unit.split()[-1]}.png"
         draw(title, part, folder / picture)
         texts.append(f"![{title}]({picture})")
