@@ -159,7 +159,7 @@ def test_a_job_of_slurm_saves_and_is_queued_again_when_its_time_is_up(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_grid_from_end_to_end(data_path, tmp_path):
+def test_a_grid_from_end_to_end(tmp_path):
     """One run can be, one cannot. The first is filmed: its last evaluation again."""
 
     def start(script, *words):
