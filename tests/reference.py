@@ -5,6 +5,7 @@ import functools
 import inspect
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from conftest import ALGOS, ROOT, load_algo, small_args
@@ -92,18 +93,6 @@ def with_parameters(state, new):
     return state
 
 
-def losses_and_gradients(algo, args, state, batch):
-    """{network: loss} and {network: gradient} of all networks that have a loss."""
-    losses, gradients = {}, {}
-    for name, params in parameters(state).items():
-        if not name.startswith("target"):
-            loss = getattr(algo, f"{name}_loss")
-            key = [jax.random.PRNGKey(0)] if "key" in inspect.signature(loss).parameters else []
-            value_and_grad = jax.jit(jax.value_and_grad(lambda p: loss(p, args, state, batch, *key)[0]))  # noqa: B023
-            losses[name], gradients[name] = value_and_grad(params)
-    return losses, gradients
-
-
 def assert_close(found, expected, rtol):
     """Every array differs by at most rtol times its largest number."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -111,35 +100,63 @@ def assert_close(found, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
-def recorded(name):
-    """The arrays of tests/<name>.npz, what another code computed; and the batch that it computed on."""
-    arrays = dict(np.load(ROOT / "tests" / f"{name}.npz"))
-    keys = ("observations", "actions", "rewards", "masks", "next_observations", "next_actions")
-    return arrays, common.Dataset(*(jnp.asarray(arrays[f"batch/{key}"]) for key in keys))
+class Recorded:
+    """A case of tests/<file>.npz: what another code computed on small networks, its `arrays`, and the `batch` that it
+    computed on. A network's parameters and gradients are flat, in the order of ours."""
 
+    def __init__(self, file, case):
+        arrays = np.load(ROOT / "tests" / f"{file}.npz")
+        keys = ("observations", "actions", "rewards", "masks", "next_observations", "next_actions")
+        self.batch = common.Dataset(*(jnp.asarray(arrays[f"batch/{key}"]) for key in keys))
+        self.arrays = {key.removeprefix(f"{case}/"): arrays[key] for key in arrays if key.startswith(f"{case}/")}
 
-def do_as_recorded(algo, batch, monkeypatch):
-    """From here on every batch is the recorded one, and every draw of jax.random is numpy's, from a seed made of its
-    shape. A flow's time is, as in the recorded code, 0 at the noise and 1 at the data: the uniform draw is 1 - t, and
-    so is what the network gets (Adam's steps depend on that)."""
-    draws = lambda shape, times: np.random.default_rng(times * int(np.prod([size + 3 for size in shape])))
-    normal = lambda key, shape: jnp.asarray(draws(shape, 1).normal(size=shape), jnp.float32)
-    uniform = lambda key, shape, maxval=1.0: maxval * jnp.asarray(draws(shape, 7).uniform(size=shape), jnp.float32)
-    if hasattr(algo, "FlowPolicy"):
-        velocity = algo.FlowPolicy.__call__
-        reversed_time = lambda self, obs, action, t: velocity(self, obs, action, 1 - t)
-        monkeypatch.setattr(algo.FlowPolicy, "__call__", reversed_time)
-        monkeypatch.setattr(jax.random, "uniform", lambda key, shape: 1 - uniform(key, shape))
-    else:
-        monkeypatch.setattr(jax.random, "uniform", uniform)
-    monkeypatch.setattr(jax.random, "normal", normal)
-    monkeypatch.setattr(common, "sample_batch", lambda dataset, key, batch_size: batch)
+    def networks(self, kind, ours):
+        """{network: its parameters or gradients}, in the structure of `ours`, of all networks that were recorded."""
+        return {
+            network: jax.flatten_util.ravel_pytree(params)[1](self.arrays[f"{kind}/{network}"])
+            for network, params in ours.items()
+            if f"{kind}/{network}" in self.arrays
+        }
 
+    def start(self, algo, args, monkeypatch):
+        """The state with their parameters. From here on every batch is theirs, and every draw of jax.random is, as
+        theirs was, numpy's from a seed made of its shape. Their flow's time is 0 at the noise and 1 at the data: the
+        uniform draw is 1 - t, and so is what the network gets (Adam's steps depend on that)."""
+        draws = lambda shape, times: np.random.default_rng(times * int(np.prod([size + 3 for size in shape])))
+        normal = lambda key, shape: jnp.asarray(draws(shape, 1).normal(size=shape), jnp.float32)
+        uniform = lambda key, shape, maxval=1.0: maxval * jnp.asarray(draws(shape, 7).uniform(size=shape), jnp.float32)
+        if hasattr(algo, "FlowPolicy"):
+            velocity = algo.FlowPolicy.__call__
+            reversed_time = lambda self, obs, action, t: velocity(self, obs, action, 1 - t)
+            monkeypatch.setattr(algo.FlowPolicy, "__call__", reversed_time)
+            monkeypatch.setattr(jax.random, "uniform", lambda key, shape: 1 - uniform(key, shape))
+        else:
+            monkeypatch.setattr(jax.random, "uniform", uniform)
+        monkeypatch.setattr(jax.random, "normal", normal)
+        monkeypatch.setattr(common, "sample_batch", lambda dataset, key, batch_size: self.batch)
+        state = algo.init(args, self.batch.obs.shape[-1], self.batch.action.shape[-1], 0)
+        return with_parameters(state, self.networks("params", parameters(state)))
 
-def twenty_updates(algo, args, state):
-    """{network: its parameters} after them."""
-    updates = jax.jit(lambda state: jax.lax.scan(functools.partial(algo.update, args, None), state, length=20))
-    return parameters(updates(state)[0])
+    def check_losses_gradients_and_actions(self, algo, args, monkeypatch):
+        state, gradients = self.start(algo, args, monkeypatch), {}
+        for name, params in parameters(state).items():
+            if not name.startswith("target"):
+                loss = getattr(algo, f"{name}_loss")
+                key = [jax.random.PRNGKey(0)] if "key" in inspect.signature(loss).parameters else []
+                value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+                (value, _), gradients[name] = value_and_grad(params, args, state, self.batch, *key)
+                np.testing.assert_allclose(value, self.arrays[f"loss/{name}"], rtol=1e-5)
+        assert_close(gradients, self.networks("grads", gradients), 2e-5)
+        keys = jnp.zeros((1, len(self.batch.obs), 2), jnp.uint32)
+        assert_close(algo.act(args, stacked(state), self.batch.obs[None], keys)[0], self.arrays["act"], 1e-5)
+
+    def check_twenty_updates(self, algo, args, monkeypatch):
+        """Of the targets, which move little, more is asked: they move towards the old network."""
+        state = self.start(algo, args, monkeypatch)
+        updates = jax.jit(lambda state: jax.lax.scan(functools.partial(algo.update, args, None), state, length=20))
+        after = parameters(updates(state)[0])
+        for name, expected in self.networks("after20", after).items():
+            assert_close(after[name], expected, 1e-6 if name.startswith("target") else 1e-5)
 
 
 @functools.cache

@@ -55,31 +55,12 @@ def test_proposition_2(name):
 
 
 @pytest.mark.parametrize("name", each_text("optimal_action"))
-def test_a_gradient_far_longer_than_the_others_is_shortened(name):
-    """To the mean + 2 std of the norms, by which the step is not measured anew: its mean falls below delta."""
-    args, state, batch, _ = inputs(name, delta=0.01)
-    long = lambda params, obs, action: (jnp.where(jnp.arange(32) == 3, 30, 1) * action.sum(-1))[None]
-    state, batch = state._replace(critic=state.critic.replace(apply_fn=long)), batch._replace(action=0 * batch.action)
-    action, norm = load_algo(name).optimal_action(args, state, batch)
-    step = np.asarray(action)  # of the data's, 0
-    norms = np.sqrt(3) * np.where(np.arange(32) == 3, 30, 1)
-    lengths = 0.01 / norms.mean() * np.minimum(norms, norms.mean() + 2 * norms.std())
-    np.testing.assert_allclose(np.linalg.norm(step, axis=-1), lengths, rtol=1e-4)
-    np.testing.assert_allclose(norm, norms.mean(), rtol=1e-4)  # what Table 3 shows is of the gradients as they are
-    assert lengths.mean() < 0.009 and lengths[3] < 0.5 * 0.01 * norms[3] / norms.mean()
-
-
-@pytest.mark.parametrize("name", each_text("optimal_action"))
-def test_optimal_action_where_q_is_steep_or_flat_or_nan(name):
+def test_optimal_action_where_q_is_steep_or_flat(name):
     args, state, batch, _ = inputs(name, delta=100.0)
-    optimal_action = lambda change: load_algo(name).optimal_action(
-        args, reference.with_parameters(state, {"critic": jax.tree.map(change, state.critic.params)}), batch
-    )
-    assert np.abs(optimal_action(lambda p: p)[0]).max() == 1
-    action, norm = optimal_action(jnp.zeros_like)
-    np.testing.assert_allclose(norm, 1e-5, rtol=1e-4)
-    np.testing.assert_array_equal(action, batch.action)
-    assert np.isnan(optimal_action(lambda p: p * jnp.nan)[0]).all()
+    flat = reference.with_parameters(state, {"critic": jax.tree.map(jnp.zeros_like, state.critic.params)})
+    optimal_action = lambda state: load_algo(name).optimal_action(args, state, batch)[0]
+    assert np.abs(optimal_action(state)).max() == 1
+    np.testing.assert_array_equal(optimal_action(flat), batch.action)
 
 
 @pytest.mark.parametrize("base, name", slow_except(PAIRS, ("mfql", "dmfql")))
@@ -92,53 +73,30 @@ def test_delta_0_is_the_baseline_bit_for_bit(base, name):
     jax.tree.map(np.testing.assert_array_equal, trained[name], trained[base])
 
 
-@pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_proposition_3(noise):
+def test_proposition_3():
     """Of more samples, MaxQ selects a higher Q. Where Q is noisy, the more so the farther from the best action, as it
     is where data are scarce, that is noise: Q passes the best value there is, and the true value falls."""
-    algo = load_algo("ifql")
     true = lambda action: -jnp.sum(action**2, axis=-1)  # at most 0
-
-    def noisy_q(params, obs, action):  # a fixed number for each action, independent of its neighbours'
-        bits = jax.lax.bitcast_convert_type(action, jnp.uint32)
-        draw = lambda bits: jax.random.normal(jax.random.fold_in(jax.random.fold_in(params, bits[0]), bits[1]))
-        error = jax.vmap(draw)(bits.reshape(-1, 2)).reshape(action.shape[:-1])
-        return jnp.broadcast_to(true(action) + noise * (0.1 - 3 * true(action)) * error, (2, *action.shape[:-1]))
-
+    noise = lambda action: jnp.sin(1e4 * action.sum(axis=-1))  # as good as independent of its neighbours'
+    noisy_q = lambda params, obs, action: (true(action) + (0.1 - 3 * true(action)) * noise(action))[None]
     uniform = lambda params, obs, key, method: jax.random.uniform(key, (*obs.shape[:-1], 2), minval=-1)
-    q_key, key = jax.random.split(jax.random.PRNGKey(3))
-    critic = types.SimpleNamespace(apply_fn=noisy_q, params=q_key)
-    state = types.SimpleNamespace(critic=critic, actor=types.SimpleNamespace(apply_fn=uniform, params=None))
-    actions = [algo.max_q(state, jnp.zeros((1000, 1)), n, key) for n in (1, 16, 256)]
-    q = np.array([noisy_q(q_key, None, action).mean() for action in actions])
+    critic, actor = (types.SimpleNamespace(apply_fn=call, params=None) for call in (noisy_q, uniform))
+    state, key = types.SimpleNamespace(critic=critic, actor=actor), jax.random.PRNGKey(3)
+    actions = [load_algo("ifql").max_q(state, jnp.zeros((1000, 1)), n, key) for n in (1, 16, 256)]
+    q = np.array([noisy_q(None, None, action).mean() for action in actions])
     value = np.array([true(action).mean() for action in actions])
-    assert (np.diff(q) > 0).all()
-    if noise:
-        assert (np.diff(value) < 0).all() and q[-1] > 5
-    else:
-        assert (np.diff(value) > 0).all()
-        np.testing.assert_allclose(q, value, rtol=1e-5)
+    assert (np.diff(q) > 0).all() and q[-1] > 3 and (np.diff(value) < 0).all()
 
 
 @pytest.mark.parametrize("name", each_text("FlowPolicy", "Eq. 4") + each_text("TrigFlowPolicy", "Eq. 8"))
-def test_sampling_against_numpy(name):
-    """Ten equal steps of Euler (Eq. 4) or DDIM (Eq. 8) from noise, clipped."""
-    args, state, batch, key = inputs(name, flow_steps=10)
-    params, trigflow = getattr(state, "flow", state.actor).params, "TrigFlowPolicy" in definitions(name)
-    action = getattr(state, "flow", state.actor).apply_fn(params, batch.obs, key, method="sample")
-    expected = reference.sample(params, batch.obs, jax.random.normal(key, action.shape), 10, trigflow)
-    assert 0.1 < (np.abs(expected) == 1).mean() < 0.9
-    np.testing.assert_allclose(action, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", each_text("max_q", "Eq. 9"))
 def test_max_q_against_numpy(name):
-    """MaxQ takes, of n policy actions, the one with the highest minimum of the two critics (Eq. 9)."""
-    args, state, batch, key = inputs(name)
+    """MaxQ takes, of n policy actions, the one with the highest minimum of the two critics (Eq. 9). Each is made from
+    noise in ten equal steps of Euler (Eq. 4) or DDIM (Eq. 8), and clipped."""
+    args, state, batch, key = inputs(name, flow_steps=10)
     action = load_algo(name).max_q(state, batch.obs, 5, key)
     obs, noise = np.broadcast_to(batch.obs, (5, *batch.obs.shape)), jax.random.normal(key, (5, *batch.action.shape))
-    trigflow = "TrigFlowPolicy" in definitions(name)
-    actions = reference.sample(state.actor.params, obs, noise, args.flow_steps, trigflow)
+    actions = reference.sample(state.actor.params, obs, noise, 10, "TrigFlowPolicy" in definitions(name))
+    assert 0.1 < (np.abs(actions) == 1).mean() < 0.9
     q = reference.critics(state.critic.params, obs, actions).min(axis=0)
     np.testing.assert_allclose(action, actions[q.argmax(axis=0), np.arange(len(batch.obs))], atol=1e-5)
 
@@ -216,8 +174,6 @@ def test_trigflow_losses_against_numpy(name):
     climbs = "Eq. 20" in definitions(name)["actor_loss"]
     q = reference.critics(state.critic.params, batch.obs, denoised).min(axis=0).mean() if climbs else 0
     np.testing.assert_allclose(loss, 3 * mean - q, rtol=1e-5)
-    at_0 = state.actor.apply_fn(state.actor.params, batch.obs, batch.action, 0 * t, method="denoise")
-    np.testing.assert_array_equal(at_0, batch.action)
 
 
 def test_bptt_against_numpy():
@@ -273,25 +229,6 @@ def test_an_update_calls_networks_as_often_as_figure_2_says(name, monkeypatch):
     jax.eval_shape(functools.partial(algo.update, args), jax.tree.map(jnp.asarray, dataset), state, None)
     ways = [f"{way} {kind}" for way in ("forward", "backward") for kind in ("policy", "value")]
     assert tuple(calls[way] for way in ways) == CALLS[name]
-
-
-@pytest.mark.parametrize("steps, rtol", [(10, 0.15), (200, 0.01)])
-def test_ddim_with_the_exact_network_of_a_gaussian_recovers_it(steps, rtol, monkeypatch):
-    """F* = E[cos(t) z - sin(t) a_0 | a_t] for a_0 ~ N(0.2, 0.5^2); DDIM maps noise to mean + std noise."""
-    mean, std, times = 0.2, 0.5, []
-
-    def exact(self, obs, action, t):
-        times.append(float(t[0, 0]))
-        excess = (action - jnp.cos(t) * mean) / ((std * jnp.cos(t)) ** 2 + jnp.sin(t) ** 2)
-        return jnp.cos(t) * jnp.sin(t) * excess - jnp.sin(t) * (mean + std**2 * jnp.cos(t) * excess)
-
-    policy = load_algo("trigflow").TrigFlowPolicy
-    monkeypatch.setattr(policy, "__call__", exact)
-    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.array([[-1.0], [0.0], [1.0]]))
-    low, middle, high = policy((), 1, steps).apply({}, jnp.zeros((3, 1)), None, method="sample")[:, 0]
-    np.testing.assert_allclose(times, np.linspace(np.pi / 2, 0, steps, endpoint=False), atol=1e-5)
-    np.testing.assert_allclose(middle, mean, rtol=rtol)
-    np.testing.assert_allclose((high - low) / 2, std, rtol=rtol)
 
 
 @pytest.mark.slow
