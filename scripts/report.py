@@ -28,6 +28,7 @@ import pandas as pd
 import tyro
 from matplotlib.ticker import EngFormatter
 from reproduce import Cell, Selection, expand
+from scipy.interpolate import interp1d
 from scipy.stats import bootstrap, trim_mean
 
 import common
@@ -88,14 +89,15 @@ def read_run(cell: Cell, end: int, folder: pathlib.Path, record: dict) -> pd.Dat
     task, column, tenths = common.load_task(cell.task), cell.column, np.arange(1, 11) * (end // 10)
     unit, rows, train = task.unit, read("eval.csv", "score"), read("train.csv", "diverged", "q_grad_norm")
     first = task.scored_from * end  # evaluation that counts for the seed's score
-    if cell.table in NORMS:  # also at the updates of the authors' curve, by the chunks around it
+    if cell.table in NORMS:  # also at the updates of the authors' curve, by the two nearest chunks
         unit, first, parts = "mean gradient norm", 0, [rows[:0]]
         for seed, chunks in train.groupby("seed"):
             steps = np.union1d(tenths, AUTHORS.step[AUTHORS.table == cell.table])
             steps = steps[steps <= chunks.step.max()]
             centres = chunks.step - (chunks.step.min() - 1) / 2
-            norms = np.interp(steps, centres, chunks.q_grad_norm)
-            parts.append(pd.DataFrame({"seed": seed, "step": steps, "score": norms}))
+            if len(chunks) > 1:
+                norms = interp1d(centres, chunks.q_grad_norm, fill_value="extrapolate")(steps)
+                parts.append(pd.DataFrame({"seed": seed, "step": steps, "score": norms}))
         rows = pd.concat(parts, ignore_index=True)
     diverged = train[train.diverged == 1].groupby("seed").step.min()
     if cell.table == "table4":

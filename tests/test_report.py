@@ -143,19 +143,19 @@ def test_a_run_of_the_papers_sizes_stands_beside_the_authors_at_the_same_update(
     record_run(runs / "short", mfql, (2,), chunk=5_000, num_updates=100_000)
     record_run(runs / "very-short", mfql, (2,), chunk=500, num_updates=10_000)
     record_run(runs / "lost", fql, (2,), tenths=5, chunk=5_000, num_updates=100_000, diverged=30_000)
-    record_run(runs / "begun", dmfql, (1, 2), chunk=250, num_updates=5_000)
+    record_run(runs / "begun", dmfql, (1, 2), chunk=200, num_updates=4_000)
     record_run(runs / "whole", cells["table2", "scene-play", "mfql"], (1, 2), chunk=50_000)
     report.main(selection, ["--seeds", "1", "2"])
     text = pathlib.Path("results", "full", "README.md").read_text()
     assert "REDUCED" not in text and "unfinished" not in text.split("## Figure 3")[1]
     for line in (
-        "Full size: 5,000 to 1,000,000 of 1,000,000 updates; on generated data (4,000 transitions)",
+        "Full size: 4,000 to 1,000,000 of 1,000,000 updates; on generated data (4,000 transitions)",
         "| cube-single-play | mfql | 100,000 | 2 | 20.0 ± 20.0 | 86.0 [58, 98] |",
         "| cube-single-play | fql | 100,000 | 1 | nan (1 of 1 diverged) |  |",  # has no curve
         "| scene-play | mfql | 2 | 40.0 ± 10.0 | 40.0 [30.0, 50.0] |  | 57 ± 20 |",
         "Full size: 4,000 of 1,000,000 updates; on generated data (4,000 transitions)",
-        "| cube-single-play | dmfql | 2,000 | 2 | 8.00 ± 0.00 | 0.48 [0.42, 0.53] |",  # a gradient norm
-        "| cube-single-play | dmfql | 4,000 | 2 | 16.00 ± 0.00 | 0.82 [0.66, 0.96] |",
+        "| cube-single-play | dmfql | 2,000 | 2 | 10.00 ± 0.00 | 0.48 [0.42, 0.53] |",  # a gradient norm
+        "| cube-single-play | dmfql | 4,000 | 2 | 20.00 ± 0.00 | 0.82 [0.66, 0.96] |",
     ):
         assert f"\n{line}\n" in text
     assert "\n| cube-single-play | mfql | 300,000 | 1 | 0.0 |" in text
