@@ -75,7 +75,7 @@ def small(tmp_path_factory):
     runs, results = pathlib.Path("runs"), pathlib.Path("results", "small")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("report"))
-        with pytest.raises(common.Error, match="none of these cells has been run"):
+        with pytest.raises(common.Error, match="none of these cells has a result yet"):
             report.main(SELECTION, FLAGS)
         (runs / "another-programs").mkdir(parents=True)
         (runs / "another-programs" / "args.json").write_text('{"lr": 1}')
