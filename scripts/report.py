@@ -79,7 +79,7 @@ def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
         furthest = dict(sorted(seeds, key=lambda pair: (pair[1].step.max(), len(pair[1]))))  # the last one is kept
         parts += [furthest[seed] for seed in cell.args.seeds if seed in furthest]
     if not parts:
-        raise common.Error("none of these cells has a result yet: scripts/reproduce.py with the same arguments runs them")
+        raise common.Error("none of these cells has a result yet: scripts/reproduce.py with these arguments runs them")
     return pd.concat(parts)
 
 
