@@ -55,12 +55,16 @@ def test_proposition_2(name):
 
 
 @pytest.mark.parametrize("name", each_text("optimal_action"))
-def test_optimal_action_where_q_is_steep_or_flat(name):
+def test_optimal_action_where_q_is_steep_or_flat_or_nan(name):
     args, state, batch, _ = inputs(name, delta=100.0)
-    flat = reference.with_parameters(state, {"critic": jax.tree.map(jnp.zeros_like, state.critic.params)})
-    optimal_action = lambda state: load_algo(name).optimal_action(args, state, batch)[0]
-    assert np.abs(optimal_action(state)).max() == 1
-    np.testing.assert_array_equal(optimal_action(flat), batch.action)
+    optimal_action = lambda change: load_algo(name).optimal_action(
+        args, reference.with_parameters(state, {"critic": jax.tree.map(change, state.critic.params)}), batch
+    )
+    assert np.abs(optimal_action(lambda p: p)[0]).max() == 1
+    action, norm = optimal_action(jnp.zeros_like)
+    np.testing.assert_allclose(norm, 1e-5, rtol=1e-4)
+    np.testing.assert_array_equal(action, batch.action)
+    assert np.isnan(optimal_action(lambda p: p * jnp.nan)[0]).all()
 
 
 @pytest.mark.parametrize("base, name", slow_except(PAIRS, ("mfql", "dmfql")))
