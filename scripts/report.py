@@ -95,7 +95,7 @@ def read_run(cell: Cell, end: int, folder: pathlib.Path, record: dict) -> pd.Dat
             steps = np.union1d(tenths, AUTHORS.step[AUTHORS.table == cell.table])
             steps = steps[steps <= chunks.step.max()]
             centres = chunks.step - (chunks.step.min() - 1) / 2
-            if len(chunks) > 1:
+            if len(chunks) > 1:  # a line needs two
                 norms = interp1d(centres, chunks.q_grad_norm, fill_value="extrapolate")(steps)
                 parts.append(pd.DataFrame({"seed": seed, "step": steps, "score": norms}))
         rows = pd.concat(parts, ignore_index=True)
@@ -188,9 +188,7 @@ def score_table(table: str, rows: pd.DataFrame) -> str:
             line[3], line[4] = show(ours, digits), estimate(iqm, ours, digits)
             if len(base) == len(group):
                 line[5] = estimate(improvement, ours + base, 2)
-        theirs = [
-            PRINTED.get((table, t, c), PRINTED.get((table, t, f"{c}*"))) for t in group
-        ]  # *: not the authors' runs
+        theirs = [PRINTED.get((table, t, c), PRINTED.get((table, t, f"{c}*"))) for t in group]  # *: others' runs
         if all(theirs):
             mean, std = np.transpose(theirs)
             known = len(group) == 1 and std[0] >= 0
