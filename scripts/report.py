@@ -230,17 +230,18 @@ def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
             name = f"{column}, {scores.shape[1]} seed{'s' * (scores.shape[1] > 1)}"
             axis.plot(mean, ".--" if f"d{column}" in columns else ".-", label=name, **style)
             if len(band):
-                axis.plot(band["mean"], "_:", label="authors [min, max]", **style)
-                axis.vlines(band.index, band["min"], band["max"], alpha=0.5, **style)
+                aside = band.index + 0.01 * color * panels[i].step.max()  # so that no bar hides another
+                axis.plot(aside, band["mean"], "_:", label="authors [min, max]" * (color == 0), **style)
+                axis.vlines(aside, band["min"], band["max"], alpha=0.5, **style)
             else:
                 band = pd.DataFrame({"min": mean - std, "max": mean + std})
-            axis.fill_between(band.index, band["min"], band["max"], alpha=0.2, **style)
+            axis.fill_between(band.index, band["min"], band["max"], alpha=0.2, linewidth=0, **style)
         names = panels[i].column.unique()
         axis.set_title(f"{panels[i].task.iloc[0]}\n{' and '.join(names)}" if len(names) < 3 else panels[i].task.iloc[0])
         axis.set(xlabel="updates", ylabel=rows.unit.iloc[0])
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
         axis.set_ylim((0, 100) if rows.unit.iloc[0] == "% success" else None)
-        axis.legend()
+        axis.legend(ncols=2 if len(names) > 2 else 1)
     fig.suptitle(textwrap.fill(f"{title}, mean (± standard deviation) over seeds. {label(rows)}", 100))
     fig.savefig(path, dpi=200)
     plt.close(fig)
