@@ -231,7 +231,7 @@ def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
             axis.plot(mean, ".--" if f"d{column}" in columns else ".-", label=name, **style)
             if len(band):
                 aside = band.index + 0.01 * color * panels[i].step.max()  # so that no bar hides another
-                axis.plot(aside, band["mean"], "_:", label="authors [min, max]" * (color == 0), **style)
+                axis.plot(aside, band["mean"], "_:", label="authors [min, max]", **style)
                 axis.vlines(aside, band["min"], band["max"], alpha=0.5, **style)
             else:
                 band = pd.DataFrame({"min": mean - std, "max": mean + std})
