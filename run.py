@@ -52,30 +52,36 @@ def hold(folder: pathlib.Path) -> filelock.FileLock:
     return lock
 
 
-def write_file(path: pathlib.Path, content: bytes):
-    """Writes a file that appears whole or not at all. Raises Error without room or permission."""
-    temporary = path.with_name(f"{path.name}.tmp")
+@contextlib.contextmanager
+def writing(path: pathlib.Path):
+    """Raises Error if, within its `with` block, there is no room or permission to write `path`."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
+
+
+def write_file(path: pathlib.Path, content: bytes):
+    """Writes a file that appears whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def append_rows(path: pathlib.Path, rows: list[dict]):
-    """Appends rows to a CSV, after a header if it is new. Raises Error without room or permission."""
-    try:
-        with open(path, "a") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
+    """Appends rows to a CSV, after a header if it is new."""
+    with writing(path), open(path, "a") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_rows(path: pathlib.Path, at_least: int = 0) -> list[dict[str, str]]:
@@ -315,7 +321,7 @@ class Run:
             saved = {"step": step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
             content = flax.serialization.msgpack_serialize(saved)
             for path in self.folder.glob("*.csv"):  # a machine that loses its power then keeps the rows before it
-                with open(path) as file:
+                with writing(path), open(path) as file:
                     os.fsync(file.fileno())
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
             self.saved_step, self.saved_time = step, time.monotonic()

@@ -140,11 +140,12 @@ def test_a_run_that_dies_half_way_through_a_write_goes_on_to_the_same_end(count,
     assert next(writes) == count + 1
 
 
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
-    fsync, count = os.fsync, iter(range(100))
+@pytest.mark.parametrize("count, name", [(13, r"\w+.csv"), (16, "checkpoint.msgpack")])
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(count, name, go_on, monkeypatch):
+    fsync, calls = os.fsync, iter(range(100))
 
     def full(file):
-        if next(count) == 16:  # args.json and three checkpoints are there, and three CSVs are safe before each
+        if next(calls) == count:  # args.json and three checkpoints are there, and three CSVs are safe before each
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 
@@ -153,7 +154,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
         assert run.read_rows(common.pathlib.Path("run/train.csv"))[-1]["step"] == "2000"
 
     monkeypatch.setattr(os, "fsync", full)
-    go_on(common.Error, "cannot write run/checkpoint.msgpack .No space left on device.: fix that, then resume", mend)
+    go_on(common.Error, f"cannot write run/{name} .No space left on device.: fix that, then resume", mend)
     with pytest.raises(common.Error, match="cannot write /dev/full .No space left on device"):
         run.append_rows(common.pathlib.Path("/dev/full"), [{"step": 1}])
 

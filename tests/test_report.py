@@ -17,7 +17,7 @@ import scipy.stats
 from reproduce import Selection, expand
 
 import common
-from run import append_rows
+from run import append_rows, cut_rows
 
 FLAGS = ["--num-updates", "20", "--hidden-dims", "8", "8", "--seeds", "1", "2"]
 SELECTION = Selection(("table2", "figure3", "figure6"), ("cube-single-play", "pen-human-v1"), name="small")
@@ -200,6 +200,13 @@ def test_the_authors_curves_end_in_the_papers_tables():
         ("antmaze-large-navigate", "mfrebrac"): -1.5,
         ("cube-double-play", "mfrebrac"): -3.3,
     }
+
+
+def test_a_run_of_one_chunk_has_no_gradient_norm_yet(tmp_path):
+    (cell,) = expand(Selection(("figure3",), ("scene-play",)), FLAGS)
+    record_run(tmp_path / "run", cell, (1,), tenths=1, chunk=2)
+    cut_rows(tmp_path / "run" / "train.csv", 1)
+    assert report.read_run(cell, 20, tmp_path / "run", common.read_record(tmp_path / "run")).empty
 
 
 def test_how_a_run_is_evaluated_changes_its_scores_and_no_norm(tmp_path, monkeypatch):
