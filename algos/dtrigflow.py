@@ -3,7 +3,8 @@
     critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(min Q'(s, a) < V(s))| (min Q'(s, a) - V(s))^2
     actor    alpha mean (f(s, a_t, t) - a*)^2,  a_t = cos(t) a* + sin(t) z,  z ~ N(0, I),  t ~ U[0, pi / 2],
-             f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),  a* = a + delta / mean||g|| g,  g = grad_a mean Q(s, a)
+             f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
+             a* = clip(a + delta / mean||g|| g),  g = grad_a mean Q(s, a)
     acts by  the best of num_samples policy actions by min Q
 
 Q are two critics, Q' their targets; min Q and mean Q are over the two; t runs from noise (pi / 2) to data (0).
@@ -33,8 +34,8 @@ PAPER_COLUMNS = {"num_samples": "iql_num_samples", "alpha": "alpha", "delta": "i
 @dataclasses.dataclass(frozen=True)
 class Args:
     env_name: str = "scene-play"  # one of the paper's 15 tasks, or another (docs/data.md)
-    seeds: tuple[int, ...] = (111,)  # training seeds, all side by side in one program
-    num_updates: int | None = None  # gradient steps (None here and below: the paper's value for the task)
+    seeds: tuple[int, ...] = (111,)  # training seeds, all in one program
+    num_updates: int | None = None  # gradient steps (None: the paper's value for the task, as in all hyperparameters)
     batch_size: int = 256  # transitions per update
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of every network's hidden layers
     learning_rate: float = 3e-4  # Adam's, for every network
@@ -192,7 +193,7 @@ def actor_loss(params, args, state, batch, key):
 
 
 def update(args, dataset, state, _):
-    """One update of every network, with all gradients at the old parameters: the body of a scan."""
+    """One update of every network and target, all from the old parameters: the body of a scan."""
     key, batch_key, actor_key = jax.random.split(state.key, 3)
     batch = common.sample_batch(dataset, batch_key, args.batch_size)
     gradient = functools.partial(jax.grad, has_aux=True)
@@ -223,7 +224,7 @@ def act(args, states, obs, keys):
 
 def main(args):
     """Trains all seeds, evaluates each at every tenth of the run, and returns their scores [seeds] by the paper's
-    protocol."""
+    protocol (see `Run.finish`)."""
     args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # with the paper's values or, to resume, that run's
     dataset, source = common.load_dataset(task, args.dataset_path, args.generate_episodes)
     with (

@@ -32,8 +32,8 @@ PAPER_COLUMNS = {"num_samples": "iql_num_samples", "alpha": "alpha"}
 @dataclasses.dataclass(frozen=True)
 class Args:
     env_name: str = "scene-play"  # one of the paper's 15 tasks, or another (docs/data.md)
-    seeds: tuple[int, ...] = (111,)  # training seeds, all side by side in one program
-    num_updates: int | None = None  # gradient steps (None here and below: the paper's value for the task)
+    seeds: tuple[int, ...] = (111,)  # training seeds, all in one program
+    num_updates: int | None = None  # gradient steps (None: the paper's value for the task, as in all hyperparameters)
     batch_size: int = 256  # transitions per update
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of every network's hidden layers
     learning_rate: float = 3e-4  # Adam's, for every network
@@ -175,7 +175,7 @@ def actor_loss(params, args, state, batch, key):
 
 
 def update(args, dataset, state, _):
-    """One update of every network, with all gradients at the old parameters: the body of a scan."""
+    """One update of every network and target, all from the old parameters: the body of a scan."""
     key, batch_key, actor_key = jax.random.split(state.key, 3)
     batch = common.sample_batch(dataset, batch_key, args.batch_size)
     gradient = functools.partial(jax.grad, has_aux=True)
@@ -206,7 +206,7 @@ def act(args, states, obs, keys):
 
 def main(args):
     """Trains all seeds, evaluates each at every tenth of the run, and returns their scores [seeds] by the paper's
-    protocol."""
+    protocol (see `Run.finish`)."""
     args, task = common.prepare(args, __file__, PAPER_COLUMNS)  # with the paper's values or, to resume, that run's
     dataset, source = common.load_dataset(task, args.dataset_path, args.generate_episodes)
     with (
