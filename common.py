@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -304,8 +305,16 @@ def prepare(args, file: str, columns: dict[str, str]):
     except (RuntimeError, AssertionError) as error:  # the second where jax has no plugin for it
         platforms = os.environ.get("JAX_PLATFORMS")
         raise Error(f"JAX_PLATFORMS={platforms} is not available here ({str(error) or 'no such device'}): unset it")
-    if args.capture_video:
-        rendering_backend()  # better now than after the run
+    if args.folder is not None and args.resume is None:
+        folder = pathlib.Path(os.path.expanduser(args.folder))
+        if {".json", ".csv", ".msgpack"} & {path.suffix for path in folder.glob("*")}:
+            again = shlex.quote(str(folder))
+            raise Error(f"{folder} is there already: resume it by --resume {again}, or give another --folder")
+        args = dataclasses.replace(args, folder=str(folder))
+    if args.capture_video:  # better now than after the run
+        rendering_backend()
+        if type(task) is Task and "rgb_array" not in task.make_env().metadata.get("render_modes", ()):
+            raise Error(f"{task.name} has no render mode rgb_array: add it, or leave --capture-video out")
     if not jax.config.jax_compilation_cache_dir and "HOME" in os.environ:  # keeps what this machine compiles
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"~/.cache/doal/{platform.node()}"))
     return args, task
@@ -328,7 +337,7 @@ class Dataset(typing.NamedTuple):
     reward: jax.Array  # [transitions]
     mask: jax.Array  # [transitions], 1 - terminal: 0 where nothing follows
     next_obs: jax.Array  # [transitions, obs_dim]
-    next_action: jax.Array  # [transitions, action_dim], the action taken at next_obs in the same episode, clipped
+    next_action: jax.Array  # [transitions, action_dim], that taken at next_obs (any where mask is 0), clipped
 
 
 def sample_batch(dataset: Dataset, key: jax.Array, batch_size: int) -> Dataset:
@@ -366,8 +375,8 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
                     download(f"{task.url}/{task.file}", path)
                 elif not path.exists():
                     program = [sys.executable, ROOT / "scripts" / "generate.py", stem, str(generate_episodes), path]
-                    if code := subprocess.run(program).returncode:
-                        sys.exit(code)
+                    if subprocess.run(program).returncode:
+                        raise Error(f"{path} was not made: see above or, if nothing is said there, give it more memory")
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         dataset = task.load(path)

@@ -31,6 +31,7 @@ import common
 from common import ROOT, Error, read_args, read_record
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ogbench", "gymnasium", "gymnasium-robotics", "mujoco")
+CSVS = ("train.csv", "eval.csv", "episodes.csv")
 BOOKKEEPING = {"num_workers", "folder", "resume", "track", "wandb_project_name", "capture_video"}  # affect no number
 
 
@@ -76,40 +77,35 @@ def write_file(path: pathlib.Path, content: bytes):
 
 
 def append_rows(path: pathlib.Path, rows: list[dict]):
-    """Appends rows to a CSV, after a header if it is new."""
-    with writing(path), open(path, "a") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if file.tell() == 0:
+    """Appends rows to a CSV, after a header if it is new. Raises Error if it has other columns."""
+    with writing(path), open(path, "a+") as file:
+        file.seek(0)
+        header, writer = file.readline(), csv.DictWriter(file, rows[0], lineterminator="\n")
+        if header not in ("", ",".join(rows[0]) + "\n"):
+            raise Error(f"{path} has other columns than {', '.join(rows[0])}: resume it with the code that wrote it")
+        if not header:
             writer.writeheader()
         writer.writerows(rows)
 
 
-def read_rows(path: pathlib.Path, at_least: int = 0) -> list[dict[str, str]]:
-    """The complete rows of a CSV; none if there is no file. Raises Error if it is damaged, or has fewer than
-    `at_least`."""
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    """The complete rows of a CSV; none if there is no file. Raises Error if it is damaged."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
-    if len(rows) < at_least or not all(str(row.get(key)).isdecimal() for row in rows for key in ("step", "seed")):
+    if not all(str(row.get(key)).isdecimal() for row in rows for key in ("step", "seed")):
         raise Error(f"{path} is damaged: restore it, or move its folder away and start again")
     return rows
 
 
-def cut_rows(path: pathlib.Path, num_rows: int):
-    """Cuts off what follows the first `num_rows` rows of a CSV. Raises Error if it has fewer."""
-    read_rows(path, at_least=num_rows)
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        os.truncate(path, len("".join(lines[: num_rows + 1])) if num_rows else 0)
-
-
 def read_checkpoint(folder: pathlib.Path, states):
-    """Updates done, and the saved states, of the shapes of `states`; or (0, `states`) if nothing was saved.
+    """Updates done, the saved states, of the shapes of `states`, and the CSVs of then; or 0, `states` and empty CSVs if
+    nothing was saved.
 
     Raises Error if the checkpoint is damaged, or of other networks.
     """
     path = folder / "checkpoint.msgpack"
     if not path.exists():
-        return 0, states
+        return 0, states, dict.fromkeys(CSVS, b"")
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise Error(f"{path} is damaged, and its run cannot be resumed: move {folder} away, and start again")
@@ -118,7 +114,7 @@ def read_checkpoint(folder: pathlib.Path, states):
         restored = flax.serialization.from_state_dict(states, saved["states"])
         if jax.tree.map(jnp.shape, restored) != jax.tree.map(jnp.shape, states):
             raise ValueError("its arrays have other shapes")
-        return saved["step"], restored
+        return saved["step"], restored, saved["csvs"]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Error(f"{path} holds other networks ({error}): resume it with the code that wrote it")
 
@@ -141,7 +137,7 @@ def load_run(folder: str):
     args = read_args(record, module.Args)
     env = common.load_task(args.env_name, args.dataset_path).make_env()
     init = functools.partial(module.init, args, env.observation_space.shape[0], env.action_space.shape[0])
-    step, states = read_checkpoint(folder, jax.eval_shape(jax.vmap(init), jnp.array(args.seeds, jnp.uint32)))
+    step, states, _ = read_checkpoint(folder, jax.eval_shape(jax.vmap(init), jnp.array(args.seeds, jnp.uint32)))
     if step == 0:
         raise Error(f"{folder} has no checkpoint yet: go on with it by --resume")
     return module, args, step, jax.tree.map(jnp.asarray, states)
@@ -171,9 +167,9 @@ class Run:
     """The record of one run: its arguments and data, its results, and its state.
 
     Its folder holds args.json; train.csv, a row per seed and chunk of updates; eval.csv, a row per seed and evaluation;
-    episodes.csv, a row per seed, evaluation and episode; and checkpoint.msgpack. No CSV holds a clock's time, so those
-    of a resumed run equal an uninterrupted one's byte for byte. Within its `with` block, Ctrl-C, SIGTERM and SIGHUP end
-    the run so that it can be resumed.
+    episodes.csv, a row per seed, evaluation and episode; and checkpoint.msgpack, the state and these CSVs. No CSV holds
+    a clock's time, so those of a resumed run equal an uninterrupted one's byte for byte. Within its `with` block,
+    Ctrl-C, SIGTERM and SIGHUP end the run so that it can be resumed.
     """
 
     def __init__(self, args, file: str, task: common.Task, data: dict):
@@ -203,8 +199,8 @@ class Run:
                 record["resumed"] = [*record.get("resumed", []), now]
         self.lock = hold(self.folder)
         try:
-            write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
             self.tracker = self.start_tracking() if args.track else None
+            write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
             self.print_banner(now)
         except BaseException:  # a notebook would hold on to the lock
             self.lock.release()
@@ -235,9 +231,6 @@ class Run:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # runs may start in the same second
         default = pathlib.Path("runs", self.args.env_name, pathlib.Path(self.file).stem, name)
         folder = pathlib.Path(self.args.folder or default)
-        if (folder / "args.json").exists():
-            again = shlex.quote(str(folder))
-            raise Error(f"{folder} is there already: resume it by --resume {again}, or give another --folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -259,14 +252,11 @@ class Run:
     def restore(self, states):
         """Updates done, and the states [seeds, ...]: those of the checkpoint, or 0 and `states`.
 
-        The CSVs are cut back to that update. Raises Error if one has lost rows, or if the checkpoint is damaged or of
-        other networks.
+        The CSVs are again what they were then. Raises Error if the checkpoint is damaged, or of other networks.
         """
-        step, states = read_checkpoint(self.folder, states)
-        chunks, evaluations = (step // each * len(self.args.seeds) for each in (self.chunk, self.eval_interval))
-        cut_rows(self.folder / "train.csv", chunks)
-        cut_rows(self.folder / "eval.csv", evaluations)
-        cut_rows(self.folder / "episodes.csv", evaluations * self.args.eval_episodes)
+        step, states, csvs = read_checkpoint(self.folder, states)
+        for name in CSVS:
+            write_file(self.folder / name, csvs[name])
         rows = read_rows(self.folder / "train.csv")
         self.diverged = {int(row["seed"]) for row in rows if row["diverged"] == "1"}
         self.bar.n = self.bar.initial = self.saved_step = step
@@ -319,10 +309,8 @@ class Run:
         stop, which then ends the program."""
         if step % self.eval_interval == 0 or self.stop or time.monotonic() - self.saved_time > 600:
             saved = {"step": step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
+            saved["csvs"] = {name: (self.folder / name).read_bytes() for name in CSVS}
             content = flax.serialization.msgpack_serialize(saved)
-            for path in self.folder.glob("*.csv"):  # a machine that loses its power then keeps the rows before it
-                with writing(path), open(path) as file:
-                    os.fsync(file.fileno())
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
             self.saved_step, self.saved_time = step, time.monotonic()
         if self.stop:

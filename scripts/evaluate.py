@@ -19,11 +19,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the GPU to training
 
 import imageio_ffmpeg
 import numpy as np
+import pandas as pd
 import tyro
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common
-from run import append_rows, cut_rows, hold, load_run, read_rows
+from run import hold, load_run, read_rows, write_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +75,20 @@ def main(args: Args):
     task, seeds = common.load_task(run.env_name, run.dataset_path), run.seeds
     workers = args.num_workers or common.usable_cores()
     slots = common.slots_per_seed(len(seeds), run.eval_episodes, workers)
+    lost = {row["seed"] for row in read_rows(args.folder / "train.csv") if row["diverged"] == "1"}
+    lost = np.where([str(seed) in lost for seed in seeds], np.nan, 0)  # may act all the same, and scores nan
     if args.num_samples:
         path = args.folder / "num_samples.csv"
-        cut_rows(path, len(rows := read_rows(path)))  # a row may be incomplete, if the disk was full
+        rows = read_rows(path)
         done = {row["num_samples"] for row in rows}
         with common.Environments(task, len(seeds), run.eval_episodes, workers) as envs:
             for n in [n for n in args.num_samples if str(n) not in done]:
                 policy = functools.partial(module.act, dataclasses.replace(run, num_samples=n), states)
-                scores = common.evaluate(policy, envs, seeds, step, run.eval_episodes, run.eval_seed).mean(axis=1)
-                rows = zip(seeds, scores)
-                append_rows(path, [{"step": step, "seed": s, "num_samples": n, "score": f"{x:.6g}"} for s, x in rows])
+                scores = common.evaluate(policy, envs, seeds, step, run.eval_episodes, run.eval_seed)
+                scores = scores.mean(axis=1) + lost
+                row = {"step": step, "num_samples": n}
+                rows += [row | {"seed": seed, "score": f"{score:.6g}"} for seed, score in zip(seeds, scores)]
+                write_file(path, pd.DataFrame(rows).to_csv(index=False).encode())
                 spread = f" +- {scores.std():.1f}" if len(seeds) > 1 else ""
                 print(f"{n} samples: {scores.mean():.1f}{spread} {task.unit}", flush=True)
     if args.capture_video:  # the first seed's first episodes; the policy acts for all seeds
@@ -94,7 +99,7 @@ def main(args: Args):
         scores = common.evaluate(policy, film, seeds[:1], step, num_films, run.eval_seed)
         for env in film.envs.values():
             env.close()  # while OpenGL is still there
-        for episode, score in enumerate(scores[0]):
+        for episode, score in enumerate(scores[0] + lost[0]):
             print(f"{args.folder}/episode-{episode}.mp4: score {score:.1f}", flush=True)
 
 

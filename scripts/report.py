@@ -52,7 +52,7 @@ Made from [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
   scores more than one of its baseline. [Brackets] hold 95 % confidence intervals by a stratified bootstrap over seeds.
 - "paper" is the paper's number, at full size: published data, 8 seeds (4 in Table 4).
 - "authors" are the curves of their runs, also in the pictures: the mean [min, max] of 8 seeds (4 in Figure 6) at the
-  same update. Beside them, ours is the one evaluation at that update."""
+  same update. Beside them is our value at that update alone."""
 
 
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
@@ -74,7 +74,9 @@ def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
             changed, free = {}, free | {"num_updates": usual["num_updates"]}
         asked |= free
         told = ", ".join(re.sub(r"[\[,\]]", "", f"{key} {value}") for key, value in changed.items())
-        found = [read_run(cell, asked["num_updates"], *r) for r, answer in zip(runs, answers) if answer | free == asked]
+        end = asked["num_updates"]
+        same = [r for r, own in zip(runs, answers) if own | free == asked and own["num_updates"] <= end]
+        found = [read_run(cell, end, *run) for run in same]
         seeds = [(seed, rows.assign(changed=told)) for run in found for seed, rows in run.groupby("seed")]
         furthest = dict(sorted(seeds, key=lambda pair: (pair[1].step.max(), len(pair[1]))))  # the last one is kept
         parts += [furthest[seed] for seed in cell.args.seeds if seed in furthest]
@@ -148,13 +150,14 @@ def estimate(statistic, scores: list[np.ndarray], digits: int) -> str:
 
 
 def label(rows: pd.DataFrame) -> str:
-    """How results differ from the paper's: other settings, fewer updates, other data."""
+    """How results differ from the paper's, and whether from each other: settings, updates, data."""
     if changed := ", ".join(dict.fromkeys(", ".join(rows.changed.dropna().unique()).split(", "))):
         size = f"REDUCED: {changed}"
     else:
         updates = rows.groupby(["task", "column"]).step.max().agg(["min", "max"]).unique()
         size = f"Full size: {' to '.join(f'{n:,}' for n in updates)} of {rows.num_updates.iloc[0]:,} updates"
-    return f"{size}; on {' or '.join(rows.data.unique())}"
+    files = rows.groupby("task").sha256.nunique().max()
+    return f"{size}; on {' or '.join(rows.data.unique())}" + (f" in {files} files" if files > 1 else "")
 
 
 def show(scores: list[np.ndarray], digits: int) -> str:
@@ -227,7 +230,8 @@ def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
             style, band = {"color": f"C{color}"}, part[part.changed.isna()].groupby("step")[CURVE].first().dropna()
             scores = part.pivot(index="step", columns="seed", values="score")
             mean, std = scores.mean(axis=1, skipna=False), scores.std(axis=1, ddof=0, skipna=False)
-            name = f"{column}, {scores.shape[1]} seed{'s' * (scores.shape[1] > 1)}"
+            spread = "" if len(band) else " ± std"
+            name = f"{column}, {scores.shape[1]} seeds{spread}" if scores.shape[1] > 1 else f"{column}, 1 seed"
             axis.plot(mean, ".--" if f"d{column}" in columns else ".-", label=name, **style)
             if len(band):
                 aside = band.index + 0.01 * color * panels[i].step.max()  # so that no bar hides another
@@ -242,7 +246,7 @@ def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
         axis.set_ylim((0, 100) if rows.unit.iloc[0] == "% success" else None)
         axis.legend(ncols=2 if len(names) > 2 else 1)
-    fig.suptitle(textwrap.fill(f"{title}, mean (± standard deviation) over seeds. {label(rows)}", 100))
+    fig.suptitle(textwrap.fill(f"{title}. {label(rows)}", 100))
     fig.savefig(path, dpi=200)
     plt.close(fig)
 

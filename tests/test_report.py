@@ -17,7 +17,7 @@ import scipy.stats
 from reproduce import Selection, expand
 
 import common
-from run import append_rows, cut_rows
+from run import append_rows
 
 FLAGS = ["--num-updates", "20", "--hidden-dims", "8", "8", "--seeds", "1", "2"]
 SELECTION = Selection(("table2", "figure3", "figure6"), ("cube-single-play", "pen-human-v1"), name="small")
@@ -51,12 +51,12 @@ def test_a_damaged_runs_csv_is_named(text, tmp_path, monkeypatch):
         report.main(Selection(name="small"), [])
 
 
-def record_run(folder, cell, seeds, tenths=10, diverged=np.inf, chunk=1, **changes):
+def record_run(folder, cell, seeds, tenths=10, diverged=np.inf, chunk=1, sha256="0", **changes):
     """Writes what a run of a cell leaves in its folder: two chunks of updates to an evaluation, CURVE's scores and a
     gradient norm that grows by 1 per chunk. Seed 2 diverges at step `diverged`."""
     folder.mkdir(parents=True)
     args = dataclasses.asdict(dataclasses.replace(cell.args, seeds=seeds, **changes))
-    data = {"source": "generated", "transitions": 4000, "sha256": "0" * 64}
+    data = {"source": "generated", "transitions": 4000, "sha256": sha256}
     record = {"algo": cell.algo, "args": args, "data": data, "device": "1 x cpu", "versions": {"jax": "0"}}
     (folder / "args.json").write_text(json.dumps(record | {"commit": "c", "resumed": [{"commit": "d"}]}))
     for i, seed in itertools.product(range(tenths), seeds):
@@ -140,16 +140,17 @@ def test_a_run_of_the_papers_sizes_stands_beside_the_authors_at_the_same_update(
     cells, runs = {cell[:3]: cell for cell in expand(selection, [])}, pathlib.Path("runs")
     mfql, dmfql, fql = (cells["table2", "cube-single-play", column] for column in selection.algos)
     record_run(runs / "stopped", mfql, (1,), tenths=3, chunk=50_000)
-    record_run(runs / "short", mfql, (2,), chunk=5_000, num_updates=100_000)
+    record_run(runs / "short", mfql, (2,), chunk=5_000, num_updates=100_000, sha256="1")
     record_run(runs / "very-short", mfql, (2,), chunk=500, num_updates=10_000)
     record_run(runs / "lost", fql, (2,), tenths=5, chunk=5_000, num_updates=100_000, diverged=30_000)
     record_run(runs / "begun", dmfql, (1, 2), chunk=200, num_updates=4_000)
     record_run(runs / "whole", cells["table2", "scene-play", "mfql"], (1, 2), chunk=50_000)
+    record_run(runs / "longer", cells["table2", "scene-play", "mfql"], (1, 2), chunk=10**5, num_updates=2 * 10**6)
     report.main(selection, ["--seeds", "1", "2"])
     text = pathlib.Path("results", "full", "README.md").read_text()
     assert "REDUCED" not in text and "unfinished" not in text.split("## Figure 3")[1]
     for line in (
-        "Full size: 4,000 to 1,000,000 of 1,000,000 updates; on generated data (4,000 transitions)",
+        "Full size: 4,000 to 1,000,000 of 1,000,000 updates; on generated data (4,000 transitions) in 2 files",
         "| cube-single-play | mfql | 100,000 | 2 | 20.0 ± 20.0 | 86.0 [58, 98] |",
         "| cube-single-play | fql | 100,000 | 1 | nan (1 of 1 diverged) |  |",  # has no curve
         "| scene-play | mfql | 2 | 40.0 ± 10.0 | 40.0 [30.0, 50.0] |  | 57 ± 20 |",
@@ -166,7 +167,9 @@ def test_pictures_pair_a_d_file_with_its_baseline(tmp_path, monkeypatch):
     single seeds has its own row."""
     figures, bands, seeds = [], [], {"mfql": 2, "dmfql": 2, "fql": 1}
     runs = [{"column": c, "seed": seed, "score": 10.0 + 20 * seed} for c in seeds for seed in range(seeds[c])]
-    rows = pd.DataFrame(runs).assign(task="scene-play", step=100_000, unit="% success", num_updates=10**6, data="")
+    rows = pd.DataFrame(runs).assign(
+        task="scene-play", step=100_000, unit="% success", num_updates=10**6, data="", sha256=""
+    )
     rows = rows.assign(mean=66.0, min=16.0, max=98.0)
     monkeypatch.setattr(report.plt, "close", figures.append)
     monkeypatch.setattr(report.plt.Axes, "fill_between", lambda self, *band, **_: bands.append([*map(list, band)]))
@@ -205,7 +208,8 @@ def test_the_authors_curves_end_in_the_papers_tables():
 def test_a_run_of_one_chunk_has_no_gradient_norm_yet(tmp_path):
     (cell,) = expand(Selection(("figure3",), ("scene-play",)), FLAGS)
     record_run(tmp_path / "run", cell, (1,), tenths=1, chunk=2)
-    cut_rows(tmp_path / "run" / "train.csv", 1)
+    path = tmp_path / "run" / "train.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert report.read_run(cell, 20, tmp_path / "run", common.read_record(tmp_path / "run")).empty
 
 

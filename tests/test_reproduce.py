@@ -68,23 +68,23 @@ def test_cells_share_a_folder_where_the_same_run_fills_them():
 
 def test_where_a_run_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (cell,) = expand(Selection(("table4",), (TASK,)), ["--num-updates", "20", "--seeds", "1"])
+    (cell,) = expand(Selection(("table4",), (TASK,)), ["--num-updates", "20", "--seeds", "1", "2"])
     assert progress(cell) == ("new", [f"{ROOT}/algos/mfql.py", *cell.flags, "--folder", f"runs/paper/{TASK}/mfql"])
     cell.folder.mkdir(parents=True)
-    for changes in ({"seeds": (1, 2)}, {"num_samples": 3}, {"generate_episodes": 4}, {"num_workers": 3}):
+    for changes in ({"seeds": (1,)}, {"num_samples": 3}, {"generate_episodes": 4}, {"num_workers": 3}):
         record = {"algo": "mfql", "args": dataclasses.asdict(cell.args) | changes, "data": {}}
         (cell.folder / "args.json").write_text(json.dumps(record))
         if "num_workers" not in changes:  # which changes no number
             with pytest.raises(common.Error, match="other arguments than these: choose another --name"):
                 progress(cell)
-    scores = [{"step": step, "seed": 1, "score": 0} for step in range(2, 22, 2)]
-    append_rows(cell.folder / "eval.csv", scores[:7])
+    scores = [{"step": step, "seed": seed, "score": 0} for step in range(2, 22, 2) for seed in (1, 2)]
+    append_rows(cell.folder / "eval.csv", scores[:15])
     assert progress(cell) == ("70 % done", [f"{ROOT}/algos/mfql.py", "--resume", str(cell.folder)])
     held = filelock.FileLock(cell.folder / ".lock")
     held.acquire()
     assert progress(cell) == ("running", [])
     held.release()
-    append_rows(cell.folder / "eval.csv", scores[7:])
+    append_rows(cell.folder / "eval.csv", scores[15:])
     assert progress(cell._replace(table="table2")) == ("finished", [])
     assert progress(cell)[1][:2] == [f"{ROOT}/scripts/evaluate.py", str(cell.folder)]
     append_rows(cell.folder / "num_samples.csv", [scores[-1] | {"num_samples": n} for n in reproduce.NUM_SAMPLES])

@@ -120,15 +120,20 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(target, whole, tmp_path):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_policies_played_again_score_what_they_scored(whole):
-    """The run's last evaluation, episode by episode, by other workers; and with one sample, other numbers."""
-    folder, _ = whole
-    (folder / "num_samples.csv").write_text("step,seed,num_samples,score\n10000,5,")  # what a full disk has left
-    finish(start(f"{ROOT}/scripts/evaluate.py {folder} --num-samples 2 1 --num-workers 3", folder))
-    last, again = read_rows(folder / "eval.csv")[-2:], read_rows(folder / "num_samples.csv")
+def test_policies_played_again_score_what_they_scored(whole, tmp_path):
+    """The run's last evaluation, episode by episode, by other workers; and with one sample, other numbers. A seed that
+    diverged scores nan, though it acts."""
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    train = (folder / "train.csv").read_text()
+    (folder / "train.csv").write_text(train.replace("\n10000,5,0,", "\n10000,5,1,"))
+    (folder / "num_samples.csv").write_text("step,seed,num_samples,score\n10000,5,4,0\n10000,6,4,0\n")
+    finish(start(f"{ROOT}/scripts/evaluate.py {folder} --num-samples 4 2 1 --num-workers 3", folder))
+    last, rows = read_rows(folder / "eval.csv")[-2:], read_rows(folder / "num_samples.csv")
+    before, again = rows[:2], rows[2:]
+    assert [row["score"] for row in before] == ["0", "0"]  # is not done again
     assert [(row["num_samples"], row["seed"]) for row in again] == [("2", "5"), ("2", "6"), ("1", "5"), ("1", "6")]
-    assert [row["score"] for row in again[:2]] == [row["score"] for row in last]
-    assert all(one["score"] != two["score"] for one, two in zip(again[2:], again[:2]))
+    assert [row["score"] for row in again[::2]] == ["nan", "nan"]
+    assert again[1]["score"] == last[1]["score"] != again[3]["score"]
 
 
 def test_a_policy_from_a_runs_folder(whole):
