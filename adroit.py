@@ -1,4 +1,4 @@
-"""D4RL's Adroit tasks (d4rl 1.1) on today's Python: environments, scores and datasets without the d4rl package.
+"""D4RL's Adroit tasks (d4rl 1.1) on today's Python: environments and scores without the d4rl package.
 
 The physics is that of gymnasium-robotics, whose four hands are d4rl's. What that library changed is changed back:
 
@@ -10,12 +10,10 @@ Observations (float64), actions in [-1, 1] and the distributions of initial stat
 """
 
 import importlib.metadata
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gymnasium
-import h5py
 import numpy as np
 
 MUJOCO_VERSIONS = ("3.1.6", "3.2.6")
@@ -76,10 +74,8 @@ def relocate_reward(data: Any) -> float:
 
 
 class Hand(NamedTuple):
-    """One of the four tasks: sizes, steps per episode, d4rl's reference returns (random, expert) and its reward."""
+    """One of the four tasks: steps per episode, d4rl's reference returns (random, expert) and its reward."""
 
-    obs_dim: int
-    action_dim: int
     horizon: int
     min_return: float
     max_return: float
@@ -87,10 +83,10 @@ class Hand(NamedTuple):
 
 
 HANDS = {
-    "pen": Hand(45, 24, 100, 96.262799, 3076.8331017826877, pen_reward),
-    "door": Hand(39, 28, 200, -56.512833, 2880.5693087298737, door_reward),
-    "hammer": Hand(46, 26, 200, -274.856578, 12794.134825156867, hammer_reward),
-    "relocate": Hand(39, 30, 200, -6.425911, 4233.877797728884, relocate_reward),
+    "pen": Hand(100, 96.262799, 3076.8331017826877, pen_reward),
+    "door": Hand(200, -56.512833, 2880.5693087298737, door_reward),
+    "hammer": Hand(200, -274.856578, 12794.134825156867, hammer_reward),
+    "relocate": Hand(200, -6.425911, 4233.877797728884, relocate_reward),
 }
 # Dataset name -> hand.
 TASKS = {f"{hand}-{source}-v1": hand for hand in HANDS for source in ("human", "cloned", "expert")}
@@ -140,32 +136,3 @@ def normalized_score(hand: str, episode_return: float) -> float:
     """d4rl 1.1's normalized score in percent: 0 is a random policy's return, 100 the expert's."""
     low, high = HANDS[hand].min_return, HANDS[hand].max_return
     return (episode_return - low) / (high - low) * 100
-
-
-def load_transitions(path: str | os.PathLike, hand: str) -> dict[str, np.ndarray]:
-    """Reads D4RL's hdf5 layout into the transitions of d4rl 1.1's `qlearning_dataset`, all float32.
-
-    Rows that end in a timeout are dropped, since the observation after them was not stored; terminal rows are kept,
-    with a next_obs and next_action that belong to the next episode and are masked. The last row has no successor.
-
-    Gives obs, next_obs [N, obs_dim]; action, next_action [N, action_dim], as stored (next_action is the one taken at
-    next_obs); reward [N]; mask [N], 0 at terminals and 1 elsewhere. Raises ValueError, naming the file and its fault.
-    """
-    shapes = {"observations": (HANDS[hand].obs_dim,), "actions": (HANDS[hand].action_dim,)}
-    shapes |= dict.fromkeys(("rewards", "terminals", "timeouts"), ())
-    try:
-        with h5py.File(path, "r", locking=False) as file:  # some NFS have no locks, and reading needs none
-            arrays = [np.asarray(file[key], np.float32).reshape(-1, *shape) for key, shape in shapes.items()]
-    except Exception as error:  # a damaged file can make HDF5 raise anything
-        raise ValueError(f"{path} is damaged, or not D4RL's {hand} data ({error})")
-    if len({len(values) for values in arrays}) > 1 or not all(np.isfinite(values).all() for values in arrays):
-        raise ValueError(f"{path} is damaged: its arrays differ in length, or hold NaN or infinity")
-    obs, action, reward, terminal, timeout = arrays
-    if not np.isin([terminal, timeout], (0, 1)).all():
-        raise ValueError(f"{path} is damaged: its terminals or timeouts are not 0 or 1")
-    kept = timeout[:-1] == 0
-    if not kept.any():
-        raise ValueError(f"{path} is damaged: it has no transitions")
-    # A kept row that is not terminal is followed by the next row of the same episode, so the shift must come first.
-    rows = {"obs": obs[:-1], "action": action[:-1], "reward": reward[:-1], "mask": 1 - terminal[:-1]}
-    return {key: values[kept] for key, values in (rows | {"next_obs": obs[1:], "next_action": action[1:]}).items()}

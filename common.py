@@ -32,6 +32,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run needs 2
 
 import filelock
 import gymnasium
+import h5py
 import jax
 import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper
@@ -117,16 +118,16 @@ class Task:
         return episode_return
 
     def load(self, path: pathlib.Path) -> "Dataset":
-        """The transitions of a file as numpy arrays. Raises ValueError, naming the file, if it is unusable."""
-        raw = read_npz(path, self, self.make_env().env)
+        """The transitions of a file as numpy arrays. Raises ValueError, saying what it is, if it is unusable."""
+        raw = read_file(path, self, self.make_env().env)
         raw.setdefault("masks", 1 - raw["terminals"])
         dataset = to_transitions(raw)
         if "next_observations" in raw and 2 * len(dataset.obs) <= len(raw["terminals"]):
-            raise ValueError(f"{path} has a next action in less than half of its rows: an episode's must be in "
-                             f"order, the next_observations of one being the observations of the next")  # fmt: skip
+            raise ValueError("has a next action in less than half of its rows: an episode's must be in "
+                             "order, the next_observations of one being the observations of the next")  # fmt: skip
         if raw["rewards"].any() and not dataset.reward.any() or dataset.mask.all() and not raw["masks"].all():
-            raise ValueError(f"{path} has rewards or zero masks (by default 1 - terminals) only in the last rows of "
-                             f"episodes, where no transition starts without next_observations and mask 0")  # fmt: skip
+            raise ValueError("has rewards or zero masks (by default 1 - terminals) only in the last rows of "
+                             "episodes, where no transition starts without next_observations and mask 0")  # fmt: skip
         return dataset
 
 
@@ -150,7 +151,7 @@ class OGBench(Task):
         from ogbench.relabel_utils import relabel_dataset
 
         env = self.make_env()
-        raw = read_npz(path, self, env)
+        raw = read_file(path, self, env)
         env.reset()
         relabel_dataset(self.env_id, env, raw)
         return to_transitions(raw)
@@ -159,7 +160,7 @@ class OGBench(Task):
 class D4RL(Task):
     """One of D4RL's Adroit hands, scored by its normalized return."""
 
-    num_updates, unit, scored_from = 500_000, "normalized return", 1.0
+    num_updates, unit, scored_from, keys = 500_000, "normalized return", 1.0, ("rewards", "timeouts")
     url = "http://rail.eecs.berkeley.edu/datasets/offline_rl/hand_dapg_v1"
     folder = ("D4RL_DATASET_DIR", "~/.d4rl/datasets")
 
@@ -170,7 +171,12 @@ class D4RL(Task):
         return adroit.normalized_score(self.env_id, episode_return)
 
     def load(self, path: pathlib.Path) -> "Dataset":
-        return Dataset(**adroit.load_transitions(path, self.env_id))
+        """Those of d4rl's `qlearning_dataset`: none starts in the last row, or where an episode ended in a timeout, for
+        the observation after it was not stored. A terminal row's next state is of the next episode, and masked."""
+        raw = read_file(path, self, self.make_env())
+        raw["timeouts"][-1:] = 1
+        rows = {key: raw[key] for key in ("observations", "actions", "rewards")}
+        return to_transitions(rows | {"terminals": raw["timeouts"], "masks": 1 - raw["terminals"]})
 
 
 def check_env(env: gymnasium.Env):
@@ -389,7 +395,7 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
         sys.exit(128 + signal.SIGINT)
     except ValueError as error:
         made = "move it away, and it is made or downloaded again"
-        raise Error(f"{error}: {'name another file by --dataset-path' if source == 'given' else made}")
+        raise Error(f"{path} {error}: {'name another file by --dataset-path' if source == 'given' else made}")
     clip = lambda action: np.clip(action, -1 + 1e-5, 1 - 1e-5)
     dataset = dataset._replace(action=clip(dataset.action), next_action=clip(dataset.next_action))
     return dataset, {"path": str(path), "source": source, "sha256": sha256, "transitions": len(dataset.obs)}
@@ -430,35 +436,35 @@ def middle_and_half(space: gymnasium.spaces.Box) -> tuple[np.ndarray, np.ndarray
     return (low + high) / 2, (high - low) / 2
 
 
-def read_npz(path: pathlib.Path, task: Task, env: gymnasium.Env) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file that `task` learns from, with the actions of `env` rescaled to [-1, 1]. Raises
-    ValueError, naming the file, if they are missing or malformed."""
+def read_file(path: pathlib.Path, task: Task, env: gymnasium.Env) -> dict[str, np.ndarray]:
+    """The arrays of a file that `task` learns from (D4RL's are .hdf5, all others .npz), with the actions of `env`
+    rescaled to [-1, 1]. Raises ValueError if they are missing or malformed."""
     keys, space = ("observations", "actions", "terminals", *task.keys), env.action_space
     widths = dict.fromkeys(("observations", "next_observations"), env.observation_space.shape)
-    widths |= {"actions": space.shape} | dict.fromkeys(("rewards", "masks", "terminals"), ())
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {"masks", "next_observations", "button_states"}.intersection(file.files)
-            raw = {key: file[key] for key in (*keys, *found)}
+    widths |= {"actions": space.shape} | dict.fromkeys(("rewards", "masks", "terminals", "timeouts"), ())
+    hdf5 = task.file.endswith(".hdf5")
+    try:  # some NFS have no locks, and reading needs none
+        with h5py.File(path, "r", locking=False) if hdf5 else np.load(path, allow_pickle=False) as file:
+            found = {"masks", "next_observations", "button_states"}.intersection(file)
+            raw = {key: np.asarray(file[key]) for key in (*keys, *found)}
     except Exception as error:  # a damaged file can make its readers raise anything
-        why = error if zipfile.is_zipfile(path) else "it is no complete .npz file"  # NumPy takes it for a pickle
-        raise ValueError(f"{path} is damaged, or no dataset of {task.name} ({why}; an .npz with {', '.join(keys)})")
+        pickle = not hdf5 and not zipfile.is_zipfile(path)  # what NumPy takes it for
+        why = "it is no complete .npz file" if pickle else error
+        raise ValueError(f"is damaged, or no dataset of {task.name} ({why}; it needs {', '.join(keys)})")
     for key, values in raw.items():
         shape = (raw["terminals"].size, *widths.get(key, values.shape[1:]))
         if values.shape == (*shape, 1):
             raw[key] = values = values[..., 0]
         if values.shape != shape:
-            raise ValueError(f"{path} is no dataset of {task.name}: its {key} are {values.shape}, not {shape}")
+            raise ValueError(f"is no dataset of {task.name}: its {key} are {values.shape}, not {shape}")
         if not np.isfinite(values).all():
-            raise ValueError(f"{path} is damaged: its {key} hold NaN or infinity")
-        if key in ("masks", "terminals") and not np.isin(values, (0, 1)).all():
-            raise ValueError(f"{path} is no dataset of {task.name}: its {key} are not all 0 or 1")
-    if "next_observations" not in raw and (not raw["terminals"][-1:].any() or raw["terminals"].all()):
-        raise ValueError(f"{path} is damaged: its last episode does not end, or none has a transition")
+            raise ValueError(f"is damaged: its {key} hold NaN or infinity")
+        if key in ("masks", "terminals", "timeouts") and not np.isin(values, (0, 1)).all():
+            raise ValueError(f"is no dataset of {task.name}: its {key} are not all 0 or 1")
     middle, half = middle_and_half(space)
     raw["actions"] = (raw["actions"] - middle) / half
-    if (np.abs(raw["actions"]) > 1.1).any():  # smaller excesses are clipped
-        raise ValueError(f"{path} is no dataset of {task.name}: its actions lie far outside the "
+    if not hdf5 and (np.abs(raw["actions"]) > 1.1).any():  # smaller excesses are clipped, and all of D4RL's
+        raise ValueError(f"is no dataset of {task.name}: its actions lie far outside the "
                          f"environment's, which are in [{space.low.min()}, {space.high.max()}]")  # fmt: skip
     return raw
 
@@ -468,7 +474,7 @@ def to_transitions(raw: dict[str, np.ndarray]) -> Dataset:
 
     A transition starts in every row i but an episode's last. Its next state and next action are those of row i + 1.
     With next_observations, each row has its next state, and starts a transition unless it lacks a next action that is
-    needed: row i + 1 is of another episode, and the mask is 1.
+    needed: row i + 1 is of another episode, and the mask is 1. Raises ValueError if no transition starts.
     """
     keys = ("observations", "actions", "rewards", "masks")
     obs, action, reward, mask = (raw[key].astype(np.float32) for key in keys)
@@ -477,6 +483,8 @@ def to_transitions(raw: dict[str, np.ndarray]) -> Dataset:
         next_obs = raw["next_observations"].astype(np.float32)
         starts &= np.append((next_obs[:-1] == obs[1:]).all(axis=1), False)
         starts |= mask == 0
+    if not starts.any() or starts[-1] and "next_observations" not in raw:
+        raise ValueError("is damaged: its last episode does not end, or none has a transition")
     start = np.flatnonzero(starts)
     after = (start + 1) % len(obs)  # the last row has no successor, and needs none
     next_obs = next_obs[start] if "next_observations" in raw else obs[after]

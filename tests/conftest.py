@@ -71,7 +71,8 @@ def random_rows(obs_dim, action_dim, largest):
 
 def write_hand(hand, path):
     """Writes such rows as D4RL's files are."""
-    rows, ends = random_rows(adroit.HANDS[hand].obs_dim, adroit.HANDS[hand].action_dim, 1)
+    env = adroit.make_env(hand)
+    rows, ends = random_rows(*env.observation_space.shape, *env.action_space.shape, 1)
     with h5py.File(path, "w") as file:
         for key, values in (rows | {"terminals": 0 * ends, "timeouts": ends}).items():
             file[key] = values
