@@ -221,7 +221,9 @@ def draw(title: str, rows: pd.DataFrame, path: pathlib.Path):
     panels = [rows[(rows.task == task) & rows.column.isin(group)] for task in rows.task.unique() for group in groups]
     panels, lines = [panel for panel in panels if len(panel)], []
     seeds = [panel.groupby("column").seed.nunique().max() for panel in panels]
-    for _, alike in itertools.groupby(range(len(panels)), seeds.__getitem__):  # side by side: equally many seeds
+    wide = [panel.column.nunique() > 2 and panel.task.iloc[0] for panel in panels]  # for the legend of more than a pair
+    kinds = list(zip(seeds, wide))
+    for _, alike in itertools.groupby(range(len(panels)), kinds.__getitem__):  # side by side: equally many seeds
         alike = list(alike)
         lines += [(alike[i : i + 2] * 2)[:2] for i in range(0, len(alike), 2)]
     fig = plt.figure(figsize=(8, 3.3 * len(lines) + 0.6), layout="constrained")

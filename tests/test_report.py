@@ -164,8 +164,8 @@ def test_a_run_of_the_papers_sizes_stands_beside_the_authors_at_the_same_update(
 
 def test_pictures_pair_a_d_file_with_its_baseline(tmp_path, monkeypatch):
     """Behind the curves is one standard deviation or the authors' range, whose bars stand side by side. A panel of
-    single seeds has its own row."""
-    figures, bands, seeds = [], [], {"mfql": 2, "dmfql": 2, "fql": 1}
+    single seeds, or of more than a pair, has its own row."""
+    figures, bands, seeds = [], [], {"mfql": 2, "dmfql": 2, "fql": 1, "rebrac": 1, "iql": 1}
     runs = [{"column": c, "seed": seed, "score": 10.0 + 20 * seed} for c in seeds for seed in range(seeds[c])]
     rows = pd.DataFrame(runs).assign(
         task="scene-play", step=100_000, unit="% success", num_updates=10**6, data="", sha256=""
@@ -175,12 +175,14 @@ def test_pictures_pair_a_d_file_with_its_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(report.plt.Axes, "fill_between", lambda self, *band, **_: bands.append([*map(list, band)]))
     report.draw("", rows.assign(changed="batch_size 1"), tmp_path / "reduced.png")
     report.draw("", rows.assign(changed=np.nan), tmp_path / "full.png")
-    assert bands[0] == [[100_000], [10], [30]] and bands[3] == [[100_000], [16], [98]]
+    report.draw("", rows[rows.seed == 0].assign(changed=np.nan), tmp_path / "alike.png")
+    assert bands[0] == [[100_000], [10], [30]] and bands[5] == [[100_000], [16], [98]]
     pair = figures[1].axes[0]
     assert [bar.get_segments()[0][0, 0] for bar in pair.collections] == [100_000, 101_000]
     assert pair.get_legend_handles_labels()[1][1::2] == ["authors [min, max]"] * 2
-    panels = [(axis.get_subplotspec().rowspan.start, axis.get_title()) for axis in figures[0].axes]
-    assert panels == [(0, "scene-play\nmfql and dmfql"), (1, "scene-play\nfql")]
+    for figure in figures:
+        panels = [(axis.get_subplotspec().rowspan.start, axis.get_title()) for axis in figure.axes]
+        assert panels == [(0, "scene-play\nmfql and dmfql"), (1, "scene-play")]
 
 
 def test_the_papers_numbers_are_those_compared_with_it_cell_by_cell():
