@@ -311,7 +311,7 @@ def prepare(args, file: str, columns: dict[str, str]):
     except (RuntimeError, AssertionError) as error:  # the second where jax has no plugin for it
         platforms = os.environ.get("JAX_PLATFORMS")
         raise Error(f"JAX_PLATFORMS={platforms} is not available here ({str(error) or 'no such device'}): unset it")
-    if args.folder is not None and args.resume is None:
+    if args.folder is not None and args.resume is None:  # refused, if another run is in it, or a part of one
         folder = pathlib.Path(os.path.expanduser(args.folder))
         if {".json", ".csv", ".msgpack"} & {path.suffix for path in folder.glob("*")}:
             again = shlex.quote(str(folder))

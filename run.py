@@ -98,8 +98,8 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def read_checkpoint(folder: pathlib.Path, states):
-    """Updates done, the saved states, of the shapes of `states`, and the CSVs of then; or 0, `states` and empty CSVs if
-    nothing was saved.
+    """Updates done, the saved states, of the shapes of `states`, and the CSVs of then (None from older code); or 0,
+    `states` and empty CSVs if nothing was saved.
 
     Raises Error if the checkpoint is damaged, or of other networks.
     """
@@ -114,7 +114,7 @@ def read_checkpoint(folder: pathlib.Path, states):
         restored = flax.serialization.from_state_dict(states, saved["states"])
         if jax.tree.map(jnp.shape, restored) != jax.tree.map(jnp.shape, states):
             raise ValueError("its arrays have other shapes")
-        return saved["step"], restored, saved["csvs"]
+        return saved["step"], restored, saved.get("csvs")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Error(f"{path} holds other networks ({error}): resume it with the code that wrote it")
 
@@ -252,9 +252,12 @@ class Run:
     def restore(self, states):
         """Updates done, and the states [seeds, ...]: those of the checkpoint, or 0 and `states`.
 
-        The CSVs are again what they were then. Raises Error if the checkpoint is damaged, or of other networks.
+        The CSVs are again what they were then. Raises Error if the checkpoint is damaged, of other networks, or of code
+        that did not keep them in it.
         """
         step, states, csvs = read_checkpoint(self.folder, states)
+        if csvs is None:
+            raise Error(f"{self.folder} is of older code: check out {self.record['commit']} to resume it")
         for name in CSVS:
             write_file(self.folder / name, csvs[name])
         rows = read_rows(self.folder / "train.csv")

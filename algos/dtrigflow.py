@@ -3,8 +3,8 @@
     critic   mean (Q(s, a) - (r + discount mask V(s')))^2
     value    mean |expectile - 1(min Q'(s, a) < V(s))| (min Q'(s, a) - V(s))^2
     actor    alpha mean (f(s, a_t, t) - a*)^2,  a_t = cos(t) a* + sin(t) z,  z ~ N(0, I),  t ~ U[0, pi / 2],
-             f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t),
-             a* = clip(a + delta / mean||g|| g),  g = grad_a mean Q(s, a)
+             a* = clip(a + delta / mean||g|| g),  g = grad_a mean Q(s, a),
+             f(s, a_t, t) = cos(t) a_t - sin(t) F(s, a_t, t)
     acts by  the best of num_samples policy actions by min Q
 
 Q are two critics, Q' their targets; min Q and mean Q are over the two; t runs from noise (pi / 2) to data (0).

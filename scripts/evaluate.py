@@ -75,8 +75,8 @@ def main(args: Args):
     task, seeds = common.load_task(run.env_name, run.dataset_path), run.seeds
     workers = args.num_workers or common.usable_cores()
     slots = common.slots_per_seed(len(seeds), run.eval_episodes, workers)
-    lost = {row["seed"] for row in read_rows(args.folder / "train.csv") if row["diverged"] == "1"}
-    lost = np.where([str(seed) in lost for seed in seeds], np.nan, 0)  # may act all the same, and scores nan
+    diverged = {row["seed"] for row in read_rows(args.folder / "train.csv") if row["diverged"] == "1"}
+    lost = np.where([str(seed) in diverged for seed in seeds], np.nan, 0)  # such a seed may act, and scores nan
     if args.num_samples:
         path = args.folder / "num_samples.csv"
         rows = read_rows(path)

@@ -264,6 +264,13 @@ def test_another_tasks_file_is_refused(path):
         load(path, "cube-double-play")
 
 
+def test_data_that_cannot_be_made_end_the_run_in_a_sentence(empty_home, monkeypatch):
+    """As when the process is killed for lack of memory, which says nothing."""
+    monkeypatch.setattr(common.subprocess, "run", lambda _: subprocess.CompletedProcess([], -9))
+    with pytest.raises(common.Error, match=f"{empty_home}/{TASK}-v0-generated1.npz was not made: see above or"):
+        common.load_dataset(common.load_task(TASK), None, 1)
+
+
 # ------------------------------------------------------------------------------------------------- where they are
 def test_data_are_found_in_another_folder(path, tmp_path, monkeypatch):
     """By OGBENCH_DATASET_DIR, as OGBench's users set it, and by a folder as --dataset-path."""

@@ -167,10 +167,8 @@ def test_pictures_pair_a_d_file_with_its_baseline(tmp_path, monkeypatch):
     single seeds, or of more than a pair, has its own row."""
     figures, bands, seeds = [], [], {"mfql": 2, "dmfql": 2, "fql": 1, "rebrac": 1, "iql": 1}
     runs = [{"column": c, "seed": seed, "score": 10.0 + 20 * seed} for c in seeds for seed in range(seeds[c])]
-    rows = pd.DataFrame(runs).assign(
-        task="scene-play", step=100_000, unit="% success", num_updates=10**6, data="", sha256=""
-    )
-    rows = rows.assign(mean=66.0, min=16.0, max=98.0)
+    rows = pd.DataFrame(runs).assign(task="scene-play", step=100_000, unit="% success", num_updates=10**6, data="")
+    rows = rows.assign(sha256="", mean=66.0, min=16.0, max=98.0)
     monkeypatch.setattr(report.plt, "close", figures.append)
     monkeypatch.setattr(report.plt.Axes, "fill_between", lambda self, *band, **_: bands.append([*map(list, band)]))
     report.draw("", rows.assign(changed="batch_size 1"), tmp_path / "reduced.png")
