@@ -41,6 +41,20 @@ def test_iql_computes_q_and_v_of_the_batch_once():
     assert with_options < 0.9 * without
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU, and JAX_PLATFORMS=cuda")
+@pytest.mark.parametrize("name", ["dmfrebrac", "ifql", "rebrac"])
+def test_kernels_side_by_side_give_the_bytes_of_one_after_the_other(name):
+    """XLA is not to choose kernels by timing them here: by that, two compilations differ."""
+    algo, (args, state, dataset, _) = load_algo(name), inputs(name, seeds=(1, 2))
+    states = jax.tree.map(lambda leaf: np.stack(2 * [leaf]), state)
+    lowered, results = jax.jit(algo.train.__wrapped__, static_argnums=(0, 1)).lower(args, 250, dataset, states), []
+    for mode in ("SERIALIZE", "CONCURRENT", "CONCURRENT"):
+        options = {"xla_gpu_command_buffer_scheduling_mode": mode, "xla_gpu_autotune_level": 0}
+        results.append(lowered.compile(common.XLA_OPTIONS | options)(dataset, states))
+    for each in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], each)
+
+
 def test_importing_an_algorithm_opens_no_device():
     """A worker process does, and a GPU has no room for a context per worker."""
     env = os.environ | {"JAX_PLATFORMS": "none"}  # a platform that nobody can open
