@@ -278,9 +278,10 @@ def main(args: Selection, flags: list[str]):
         early = (part.step <= 10_000) & part["mean"].notna()  # the authors' curves of the gradient norm begin there
         if len(compared := part[part.changed.isna() & ((part.step % 100_000 == 0) | early)]):
             texts.append(curve_table(table, compared))
-        picture = f"{table}-{unit.split()[-1]}.png"
-        draw(title, part, folder / picture)
-        texts.append(f"![{title}]({picture})")
+        if part.step.nunique() > 1:  # a curve needs two
+            picture = f"{table}-{unit.split()[-1]}.png"
+            draw(title, part, folder / picture)
+            texts.append(f"![{title}]({picture})")
     (folder / "README.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     print(f"written: {folder}/README.md")
 

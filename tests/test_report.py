@@ -221,3 +221,12 @@ def test_how_a_run_is_evaluated_changes_its_scores_and_no_norm(tmp_path, monkeyp
     changed = report.collect(selection, flags).groupby("table").changed.first()
     assert dict(changed) == {"table2": "num_updates 5000, eval_episodes 1", "figure3": ""}
     assert set(report.collect(selection, ["--seeds", "1"]).table) == {"figure3"}  # asked for with 50 episodes
+
+
+def test_a_single_evaluation_stands_in_the_table_and_has_no_curve(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    selection = Selection(("table2",), ("scene-play",), ("dmfql",))
+    record_run(pathlib.Path("runs", "one"), expand(selection, [])[0], (1,), tenths=1, chunk=50_000)
+    report.main(selection, ["--seeds", "1"])
+    text = pathlib.Path("results", "paper", "README.md").read_text()
+    assert "| scene-play | dmfql | 100,000 | 1 |" in text and "png" not in text
