@@ -145,8 +145,10 @@ class Recorded:
                 loss = getattr(algo, f"{name}_loss")
                 key = [jax.random.PRNGKey(0)] if "key" in inspect.signature(loss).parameters else []
                 value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-                (value, _), gradients[name] = value_and_grad(params, args, state, self.batch, *key)
+                (value, metrics), gradients[name] = value_and_grad(params, args, state, self.batch, *key)
                 np.testing.assert_allclose(value, self.arrays[f"loss/{name}"], rtol=1e-5)
+                if "q_grad_norm" in self.arrays and "q_grad_norm" in metrics:  # before two are shortened
+                    np.testing.assert_allclose(metrics["q_grad_norm"], self.arrays["q_grad_norm"], rtol=1e-5)
         assert_close(gradients, self.networks("grads", gradients), rtol)
         keys = jnp.zeros((1, len(self.batch.obs), 2), jnp.uint32)
         assert_close(algo.act(args, stacked(state), self.batch.obs[None], keys)[0], self.arrays["act"], 1e-5)

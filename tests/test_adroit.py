@@ -113,13 +113,10 @@ def test_normalized_scores():
     scores = dict(pen=30.320948986046826, door=35.9715112488389, hammer=9.754819929654657, relocate=23.734760058064246)
     for hand, score in scores.items():
         assert adroit.normalized_score(hand, 1000.0) == pytest.approx(score, rel=1e-12)
-        assert adroit.normalized_score(hand, adroit.HANDS[hand].min_return) == 0
-        assert adroit.normalized_score(hand, adroit.HANDS[hand].max_return) == 100
     assert common.load_task("pen-human-v1").score(1000.0, {}) == pytest.approx(scores["pen"], rel=1e-12)
 
 
 def test_another_mujoco_is_refused(monkeypatch):
-    common.load_task("pen-human-v1")
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.3.0")
     with pytest.raises(common.Error, match=r"MuJoCo 3.3.0 .*: pip install mujoco==3\.1\.6 \(or, on Python 3\.13, 3\.2"):
         common.load_task("pen-human-v1")

@@ -113,14 +113,6 @@ def test_a_solved_episode_scores_100():
     assert terminated and reward == 0 and task.score(-1.0, info) == 100
 
 
-@pytest.mark.parametrize("task", ["scene-play", "pen-human-v1", "relocate-expert-v1"])
-def test_an_episode_repeats_exactly(task):
-    env = common.load_task(task).make_env()
-    actions = np.random.default_rng(0).uniform(-1, 1, (40, *env.action_space.shape))
-    runs = [np.stack([common.reset_env(env, 11), *(env.step(action)[0] for action in actions)]) for _ in range(2)]
-    np.testing.assert_array_equal(*runs)
-
-
 def test_ogbenchs_simulator_forgets_how_it_settled():
     env = common.load_task(TASK).make_env()
     common.reset_env(env, 3)

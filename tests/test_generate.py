@@ -48,8 +48,11 @@ def test_an_episode_that_is_refused_is_made_from_another_seed(env, monkeypatch):
     assert len(set(env.seeds)) == len(env.seeds) == 3
 
 
-def test_a_file_that_cannot_be_written_is_named_before_anything_is_made(tmp_path, monkeypatch):
+def test_what_cannot_be_made_or_written_is_named_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(generate.concurrent.futures, "ProcessPoolExecutor", None)
+    for dataset, episodes in (("scene-play-v0", 0), ("antmaze-large-navigate-v0", 1)):
+        with pytest.raises(common.Error, match=f"{episodes} episodes of {dataset} cannot be made"):
+            generate.main(generate.Args(dataset, episodes, tmp_path / "x.npz"))
     for path in (tmp_path / "nowhere" / "x.npz", tmp_path):
         with pytest.raises(common.Error, match=f"cannot write {path}"):
             generate.main(generate.Args("scene-play-v0", 1, path))

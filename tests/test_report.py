@@ -49,6 +49,8 @@ def test_a_damaged_runs_csv_is_named(text, tmp_path, monkeypatch):
     (tmp_path / "results" / "small" / "runs.csv").write_text(text)
     with pytest.raises(common.Error, match="results/small/runs.csv is damaged .*: name its tables to collect it anew"):
         report.main(Selection(name="small"), [])
+    with pytest.raises(common.Error, match="there is no results/other/runs.csv: name the tables to collect"):
+        report.main(Selection(name="other"), [])
 
 
 def record_run(folder, cell, seeds, tenths=10, diverged=np.inf, chunk=1, sha256="0", **changes):

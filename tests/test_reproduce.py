@@ -136,12 +136,16 @@ def test_runs_share_gpus_but_neither_failures_nor_signals(tmp_path, monkeypatch,
 
 def test_slurm_gets_a_job_for_a_run_with_its_limits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    limits = dict(cluster="slurm", gpus=1, hours=3, slurm=("partition=long", "exclusive"))
+    asked = reproduce.Args(("table2",), (TASK,), ("mfql",), **limits)
+    with monkeypatch.context() as patch, pytest.raises(common.Error, match="no SLURM on this machine .srun is not fou"):
+        patch.setenv("PATH", str(tmp_path))
+        reproduce.main(asked, [])
     for program in ("sbatch", "srun"):
         (tmp_path / program).write_text("#!/bin/sh\necho Submitted batch job 7\n")
         (tmp_path / program).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    limits = dict(cluster="slurm", gpus=1, hours=3, slurm=("partition=long", "exclusive"))
-    reproduce.main(reproduce.Args(("table2",), (TASK,), ("mfql",), **limits), [])
+    reproduce.main(asked, [])
     script = (tmp_path / "runs" / ".jobs" / "7_submission.sh").read_text()
     options = "time=180 cpus-per-task=8 gpus-per-node=1 partition=long exclusive".split()
     for option in (f"job-name=mfql-{TASK}", *options):
