@@ -183,6 +183,8 @@ class Run:
         version = lambda name: next((each.version for each in importlib.metadata.distributions(name=name)), None)
         now = {"commit": git_commit(), "versions": {name: version(name) for name in PACKAGES}}
         now["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        if jax.default_backend() == "cpu":  # where sums depend on them
+            now["device"] += f", {common.usable_cores()} cores"
         now["matmul_precision"] = jax.config.jax_default_matmul_precision
         if args.resume is None:
             self.folder = self.make_folder()

@@ -64,7 +64,8 @@ def whole(tmp_path_factory):
 def test_what_a_run_prints_and_writes(whole):
     folder, out = whole
     assert out.startswith("dmfql on Pendulum-v1, scored by return in Pendulum-v1\n")
-    for part in ("/data.npz\n", "given, 398 transitions, sha256 ", "alpha 1.0, delta 0.1", "jax 0.", "device  4 x cpu"):
+    device = f"device  4 x cpu, {common.usable_cores()} cores; jax 0."
+    for part in ("/data.npz\n", "given, 398 transitions, sha256 ", "alpha 1.0, delta 0.1", device):
         assert part in out
     assert {path.name for path in folder.iterdir()} - {".lock"} == {"args.json", *FILES}
     record = json.loads((folder / "args.json").read_text())
