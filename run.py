@@ -183,7 +183,7 @@ class Run:
         version = lambda name: next((each.version for each in importlib.metadata.distributions(name=name)), None)
         now = {"commit": git_commit(), "versions": {name: version(name) for name in PACKAGES}}
         now["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        if jax.default_backend() == "cpu":  # where sums depend on them
+        if jax.default_backend() == "cpu":  # their number decides how XLA orders a sum
             now["device"] += f", {common.usable_cores()} cores"
         now["matmul_precision"] = jax.config.jax_default_matmul_precision
         if args.resume is None:

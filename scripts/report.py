@@ -51,8 +51,8 @@ Made from [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 - IQM is the mean of the middle half of all seeds' scores. P(better) is the probability that a seed of a **D-** file
   scores more than one of its baseline. [Brackets] hold 95 % confidence intervals by a stratified bootstrap over seeds.
 - "paper" is the paper's number, at full size: published data, 8 seeds (4 in Table 4).
-- "authors" are the curves of their runs, also in the pictures: the mean [min, max] of 8 seeds (4 in Figure 6) at the
-  same update. Beside them is our value at that update alone."""
+- "authors" are the curves of their runs, also in the pictures: the mean [min, max] of 8 seeds (4 or 9 in Figure 6) at
+  the same update. Beside them is our value at that update alone."""
 
 
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
