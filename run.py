@@ -98,10 +98,10 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def read_checkpoint(folder: pathlib.Path, states):
-    """Updates done, the saved states, of the shapes of `states`, and the CSVs of then (None from older code); or 0,
-    `states` and empty CSVs if nothing was saved.
+    """Updates done, the saved states, of the shapes of `states`, and the CSVs of then; or 0, `states` and empty CSVs if
+    nothing was saved.
 
-    Raises Error if the checkpoint is damaged, or of other networks.
+    Raises Error if the checkpoint is damaged, or of other code.
     """
     path = folder / "checkpoint.msgpack"
     if not path.exists():
@@ -114,9 +114,9 @@ def read_checkpoint(folder: pathlib.Path, states):
         restored = flax.serialization.from_state_dict(states, saved["states"])
         if jax.tree.map(jnp.shape, restored) != jax.tree.map(jnp.shape, states):
             raise ValueError("its arrays have other shapes")
-        return saved["step"], restored, saved.get("csvs")
+        return saved["step"], restored, saved["csvs"]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise Error(f"{path} holds other networks ({error}): resume it with the code that wrote it")
+        raise Error(f"{path} is of other code ({error}): resume it with the code that wrote it")
 
 
 def git_commit() -> str | None:
@@ -254,12 +254,9 @@ class Run:
     def restore(self, states):
         """Updates done, and the states [seeds, ...]: those of the checkpoint, or 0 and `states`.
 
-        The CSVs are again what they were then. Raises Error if the checkpoint is damaged, of other networks, or of code
-        that did not keep them in it.
+        The CSVs are again what they were then. Raises Error if the checkpoint is damaged, or of other code.
         """
         step, states, csvs = read_checkpoint(self.folder, states)
-        if csvs is None:
-            raise Error(f"{self.folder} is of older code: check out {self.record['commit']} to resume it")
         for name in CSVS:
             write_file(self.folder / name, csvs[name])
         rows = read_rows(self.folder / "train.csv")
@@ -365,14 +362,9 @@ class Run:
         import wandb
 
         try:
-            tracker = wandb.init(
-                project=self.args.wandb_project_name,
-                name=f"{self.record['algo']} {self.task.name} {self.folder.name}",
-                id=self.record["wandb"],
-                config=self.record,
-                dir=self.folder.absolute(),
-                resume="allow",
-            )
+            where = dict(project=self.args.wandb_project_name, dir=self.folder.absolute())
+            name = f"{self.record['algo']} {self.task.name} {self.folder.name}"
+            tracker = wandb.init(**where, name=name, id=self.record["wandb"], config=self.record, resume="allow")
         except Exception as error:
             raise Error(f"no Weights & Biases ({error}): log in, set WANDB_MODE=offline, or leave --track out")
         tracker.define_metric("*", step_metric="step")

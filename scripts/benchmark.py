@@ -17,6 +17,7 @@ import functools
 import importlib.metadata
 import multiprocessing
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -143,7 +144,7 @@ def compare(bench: Args, algo: str) -> list[list[str]]:
     contestants |= {"FQL": (Theirs, bench, algo, False)} if bench.fql_dir and algo in FQL else {}
     contestants |= {"DOAL": (Theirs, bench, algo, True)} if bench.doal_dir and algo in DOAL else {}
     spawn = multiprocessing.get_context("spawn")
-    pools = {name: concurrent.futures.ProcessPoolExecutor(1, spawn) for name in contestants}
+    pools = {name: concurrent.futures.ProcessPoolExecutor(1, spawn, common.follow_parent) for name in contestants}
     ask = lambda name, method: pools[name].submit(call, contestants[name], method)
     concurrent.futures.wait([ask(name, "train") for name in pools])  # compiles
     turns = [{name: ask(name, "train").result() for name in pools} for _ in range(bench.turns)]
@@ -179,4 +180,5 @@ def main(bench: Args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, and its processes follow
     main(tyro.cli(Args))

@@ -16,7 +16,7 @@ benchmark.TRANSITIONS = 100
 
 def test_ratios_are_of_one_turn_and_per_seed(monkeypatch):
     """Contestants run here, in place of in processes of their own."""
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_: concurrent.futures.ThreadPoolExecutor(1))
     took = {1: [9, 2, 4, 1], 4: [9, 0.5, 2, 0.5], "FQL": [9, 6, 8, 5], "DOAL": [9, 1, 2, 2]}  # the first turn compiles
     number = lambda kind, bench, algo, last: last if kind is benchmark.Ours else "DOAL" if last else "FQL"
     monkeypatch.setattr(benchmark, "call", lambda contestant, method: took[number(*contestant)].pop(0))
