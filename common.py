@@ -51,7 +51,7 @@ class Error(SystemExit, Exception):
     or a notebook catches it like any Exception."""
 
     def __init__(self, sentence: str):
-        super().__init__(f"error: {sentence}")
+        super().__init__("error: " + sentence.removeprefix("error: "))  # one from another process has it already
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -302,8 +302,9 @@ def prepare(args, file: str, columns: dict[str, str]):
         if args != dataclasses.replace(defaults, resume=args.resume, dataset_path=args.dataset_path):
             raise Error(f"--resume takes all other flags from {args.resume}/args.json: leave them out, except "
                         f"--dataset-path if the data have moved")  # fmt: skip
-        saved = read_args(record, type(args))
-        args = dataclasses.replace(saved, resume=args.resume, dataset_path=args.dataset_path or saved.dataset_path)
+        saved, data = read_args(record, type(args)), record["data"]["path"]
+        path = args.dataset_path or (data if os.path.exists(data) else saved.dataset_path)
+        args = dataclasses.replace(saved, resume=args.resume, dataset_path=path)
     task = load_task(args.env_name, args.dataset_path)
     args = resolve(args, task, columns)
     try:

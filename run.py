@@ -44,12 +44,11 @@ def identity(algo: str, args) -> dict:
 def hold(folder: pathlib.Path) -> filelock.FileLock:
     """The lock of a run's folder, for this process alone. Raises Error if another one has it, or if none can."""
     lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise Error(f"{folder} is in use by another process: let that one end, or stop it")
-    except OSError as error:
-        raise Error(f"cannot lock {folder} ({error.strerror}): copy it to where you may write")
+    with writing(lock.lock_file):
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise Error(f"{folder} is in use by another process: let that one end, or stop it")
     return lock
 
 
@@ -59,7 +58,7 @@ def writing(path: pathlib.Path):
     try:
         yield
     except OSError as error:
-        raise Error(f"cannot write {path} ({error.strerror}): fix that, then resume the run")
+        raise Error(f"cannot write {path} ({error.strerror}): fix that, then give the same command again, or --resume")
 
 
 def write_file(path: pathlib.Path, content: bytes):
@@ -97,33 +96,30 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_checkpoint(folder: pathlib.Path, states):
-    """Updates done, the saved states, of the shapes of `states`, and the CSVs of then; or 0, `states` and empty CSVs if
-    nothing was saved.
-
-    Raises Error if the checkpoint is damaged, or of other code.
-    """
-    path = folder / "checkpoint.msgpack"
+def read_checkpoint(folder: pathlib.Path, states) -> dict:
+    """What was saved last: step, the updates done; states, of the shapes of `states`; and csvs, their content. Or 0,
+    `states` and empty CSVs if nothing was. Raises Error if the checkpoint is damaged, or of other code."""
+    path, empty = folder / "checkpoint.msgpack", {"step": 0, "states": states, "csvs": dict.fromkeys(CSVS, b"")}
     if not path.exists():
-        return 0, states, dict.fromkeys(CSVS, b"")
+        return empty
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise Error(f"{path} is damaged, and its run cannot be resumed: move {folder} away, and start again")
     try:
-        saved = flax.serialization.msgpack_restore(content[32:])
-        restored = flax.serialization.from_state_dict(states, saved["states"])
-        if jax.tree.map(jnp.shape, restored) != jax.tree.map(jnp.shape, states):
+        saved = flax.serialization.from_bytes(empty, content[32:])
+        if jax.tree.map(jnp.shape, saved["states"]) != jax.tree.map(jnp.shape, states):
             raise ValueError("its arrays have other shapes")
-        return saved["step"], restored, saved["csvs"]
+        return saved
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Error(f"{path} is of other code ({error}): resume it with the code that wrote it")
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with a + if files differ from it; None outside git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    try:  # without --exclude, a tag would stand in place of the commit
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit of this code, with a + if code differs from it or is not in it; None outside git."""
+    command = ["git", "--git-dir", ROOT / ".git", "--work-tree", ROOT]  # not those of a folder above
+    git = lambda *words: subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    try:
+        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "*.py"))
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -137,10 +133,10 @@ def load_run(folder: str):
     args = read_args(record, module.Args)
     env = common.load_task(args.env_name, args.dataset_path).make_env()
     init = functools.partial(module.init, args, env.observation_space.shape[0], env.action_space.shape[0])
-    step, states, _ = read_checkpoint(folder, jax.eval_shape(jax.vmap(init), jnp.array(args.seeds, jnp.uint32)))
-    if step == 0:
+    saved = read_checkpoint(folder, jax.eval_shape(jax.vmap(init), jnp.array(args.seeds, jnp.uint32)))
+    if saved["step"] == 0:
         raise Error(f"{folder} has no checkpoint yet: go on with it by --resume")
-    return module, args, step, jax.tree.map(jnp.asarray, states)
+    return module, args, saved["step"], jax.tree.map(jnp.asarray, saved["states"])
 
 
 def load_policy(folder: str, index: int = 0):
@@ -195,21 +191,21 @@ class Run:
             self.record = record = read_record(self.folder)
             if record["data"]["sha256"] != data["sha256"]:
                 raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
-            record["data"], record["args"]["dataset_path"] = data, args.dataset_path  # they may have moved
+            record["data"]["path"] = data["path"]  # they may have moved
             if changed := [f"{name} {record[name]}, now {now[name]}" for name in now if record[name] != now[name]]:
                 print(f"warning: begun with {'; '.join(changed)}", file=sys.stderr)
                 record["resumed"] = [*record.get("resumed", []), now]
-        self.lock = hold(self.folder)
-        try:
-            self.tracker = self.start_tracking() if args.track else None
-            write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
-            self.print_banner(now)
-        except BaseException:  # a notebook would hold on to the lock
-            self.lock.release()
-            raise
         calm = 0.1 if sys.stderr.isatty() else 10  # seconds between redraws of the bar: few in a log file
         bar = dict(total=args.num_updates, desc=self.record["algo"], unit="update", smoothing=0.1, mininterval=calm)
-        self.bar = tqdm(**bar)
+        with contextlib.ExitStack() as exits:  # what a notebook would hold on to
+            exits.callback(hold(self.folder).release)
+            self.tracker = self.start_tracking() if args.track else None
+            if self.tracker:
+                exits.push(lambda error, *_: self.tracker.finish(exit_code=int(error is not None)))
+            self.write_record()
+            self.print_banner(now)
+            self.bar = exits.enter_context(tqdm(**bar))
+            self.exits = exits.pop_all()
 
     def __enter__(self):
         """From here on, signals end the run in order; but not in a thread, nor a signal that nohup ignores."""
@@ -217,27 +213,25 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self.ask_to_stop)
+                self.exits.callback(signal.signal, number, self.handlers[number])
         return self
 
-    def __exit__(self, error, *_):
+    def __exit__(self, *error):
         """Leaves nothing behind in this process, which may be a notebook's."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        if self.tracker:
-            self.tracker.finish(exit_code=int(error is not None))
-        self.lock.release()
+        self.exits.__exit__(*error)
 
     def make_folder(self) -> pathlib.Path:
         """A folder of this run's own. Raises Error if it cannot be made."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # runs may start in the same second
         default = pathlib.Path("runs", self.args.env_name, pathlib.Path(self.file).stem, name)
         folder = pathlib.Path(self.args.folder or default)
-        try:
+        with writing(folder.absolute()):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Error(f"cannot write to {folder.absolute()} ({error.strerror}): start elsewhere")
         return folder
+
+    def write_record(self):
+        """Writes args.json."""
+        write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
 
     def print_banner(self, now: dict):
         """Says what is about to run: task, data, values, device, folder."""
@@ -256,14 +250,14 @@ class Run:
 
         The CSVs are again what they were then. Raises Error if the checkpoint is damaged, or of other code.
         """
-        step, states, csvs = read_checkpoint(self.folder, states)
-        for name in CSVS:
-            write_file(self.folder / name, csvs[name])
+        saved = read_checkpoint(self.folder, states)
+        for name, content in saved["csvs"].items():
+            write_file(self.folder / name, content)
         rows = read_rows(self.folder / "train.csv")
         self.diverged = {int(row["seed"]) for row in rows if row["diverged"] == "1"}
-        self.bar.n = self.bar.initial = self.saved_step = step
+        self.bar.n = self.bar.initial = self.saved_step = saved["step"]
         self.saved_time, self.training = time.monotonic(), True
-        return step, states
+        return saved["step"], saved["states"]
 
     def log(self, step: int, metrics: dict[str, jax.Array]):
         """Records a chunk of updates by its mean metrics, {name: [seeds]}.
@@ -277,7 +271,10 @@ class Run:
                 self.diverged.add(seed)
                 tell(f"seed {seed} diverged by update {step:,} ({row}): it scores nan from here on")
         self.write("train", step, rows)
-        self.bar.update(self.chunk)
+        try:
+            self.bar.update(self.chunk)
+        except OSError:  # nohup's run goes on when the other end of its pipe has gone
+            self.bar.disable = True
         if len(self.diverged) == len(rows):
             raise Error(f"every seed diverged by update {step:,} (see {self.folder / 'train.csv'}): "
                         f"lower --learning-rate, or the data's rewards")  # fmt: skip
@@ -310,9 +307,8 @@ class Run:
         """Writes the checkpoint when one is due: after each evaluation, every ten minutes, and when a signal asked to
         stop, which then ends the program."""
         if step % self.eval_interval == 0 or self.stop or time.monotonic() - self.saved_time > 600:
-            saved = {"step": step, "states": flax.serialization.to_state_dict(jax.device_get(states))}
-            saved["csvs"] = {name: (self.folder / name).read_bytes() for name in CSVS}
-            content = flax.serialization.msgpack_serialize(saved)
+            csvs = {name: (self.folder / name).read_bytes() for name in CSVS}
+            content = flax.serialization.to_bytes({"step": step, "states": jax.device_get(states), "csvs": csvs})
             write_file(self.folder / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
             self.saved_step, self.saved_time = step, time.monotonic()
         if self.stop:
@@ -346,11 +342,13 @@ class Run:
         spread, seeds = "", "one seed"
         if len(scores) > 1:
             spread, seeds = f" +- {scores.std():.1f}", f"mean +- std over {len(scores)} seeds, each"
-        print(f"score: {scores.mean():.1f}{spread} {self.task.unit}")
-        print(f"  {seeds} scored by the mean of its evaluations at {steps} updates")
+        tell(f"score: {scores.mean():.1f}{spread} {self.task.unit}")
+        tell(f"  {seeds} scored by the mean of its evaluations at {steps} updates")
         if self.diverged:
-            print(f"  diverged, and so nan: seed {', '.join(map(str, sorted(self.diverged)))}")
-        print(f"  every number is in {self.folder}", flush=True)
+            tell(f"  diverged, and so nan: seed {', '.join(map(str, sorted(self.diverged)))}")
+        tell(f"  every number is in {self.folder}")
+        self.record["finished"] = True  # with its last checkpoint, and not only its last evaluation
+        self.write_record()
         if self.args.capture_video:
             film = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(self.folder), "--capture-video"]
             if subprocess.run(film).returncode:

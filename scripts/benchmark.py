@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ COLUMNS += ["s/episode", "FQL's s/episode"]
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    algos: tuple[str, ...] = ALGOS  # files of algos/
+    algos: tuple[Literal[ALGOS], ...] = ALGOS  # files of algos/
     num_seeds: tuple[int, ...] = (1, 8)  # numbers of seeds side by side in ours, a row each (the others train one)
     env_name: str = "scene-play"  # task that gives the sizes
     num_updates: int | None = None  # updates per turn, of all seeds together (None: 40, on a GPU 1000)
@@ -164,6 +165,7 @@ def compare(bench: Args, algo: str) -> list[list[str]]:
 
 def main(bench: Args):
     """Times one algorithm after another, and prints its rows."""
+    common.check_numbers(bench)
     gpu = jax.default_backend() == "gpu"
     bench = dataclasses.replace(bench, num_updates=bench.num_updates or (1000 if gpu else 40))
     if bench.num_updates % SCAN:

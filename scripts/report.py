@@ -14,7 +14,6 @@ import pathlib
 import re
 import sys
 import textwrap
-import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # this checkout, whatever else is installed
 
@@ -57,14 +56,15 @@ Made from [runs.csv](runs.csv) by `python scripts/report.py --name {name}`.
 
 def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
     """A row per table, task, column, seed and evaluation of the selected cells, as far as they have been run."""
-    runs = []
-    for path in sorted(map(pathlib.Path, glob.glob("runs/**/args.json", recursive=True))):  # also behind links
-        with contextlib.suppress(common.Error):  # another program's
-            runs.append((path.parent, common.read_record(path.parent)))
-    answers = [identity(record["algo"], types.SimpleNamespace(**record["args"])) for _, record in runs]
+    cells, runs, parts = expand(selection, flags), [], []
     paper = {cell[:3]: identity(cell.algo, cell.args) for cell in expand(selection, [])}
-    parts = []
-    for cell in expand(selection, flags):
+    kinds = {cell.algo: type(cell.args) for cell in cells}
+    for path in sorted(map(pathlib.Path, glob.glob("runs/**/args.json", recursive=True))):  # also behind links
+        with contextlib.suppress(common.Error, KeyError):  # another program's, or of an algorithm that is not asked for
+            record = common.read_record(path.parent)
+            own = identity(record["algo"], common.read_args(record, kinds[record["algo"]]))
+            runs.append((own, path.parent, record))
+    for cell in cells:
         asked, usual = identity(cell.algo, cell.args), paper[cell[:3]]
         free = {flag: asked[flag] for flag in EVALUATION if cell.table in NORMS}  # what may differ from the request
         matter = usual.keys() - {*DATA, *free}
@@ -75,7 +75,7 @@ def collect(selection: Selection, flags: list[str]) -> pd.DataFrame:
         asked |= free
         told = ", ".join(re.sub(r"[\[,\]]", "", f"{key} {value}") for key, value in changed.items())
         end = asked["num_updates"]
-        same = [r for r, own in zip(runs, answers) if own | free == asked and own["num_updates"] <= end]
+        same = [run for own, *run in runs if own | free == asked and own["num_updates"] <= end]
         found = [read_run(cell, end, *run) for run in same]
         seeds = [(seed, rows.assign(changed=told)) for run in found for seed, rows in run.groupby("seed")]
         furthest = dict(sorted(seeds, key=lambda pair: (pair[1].step.max(), len(pair[1]))))  # the last one is kept

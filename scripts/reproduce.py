@@ -29,7 +29,7 @@ import tyro
 
 import adroit
 import common
-from run import identity, read_rows
+from run import identity, read_rows, tell
 
 SEEDS = {"8": "111 222 333 444 555 666 777 888", "4": "11 22 33 44"}  # the paper's: 8, and 4 for its ablations
 NUM_SAMPLES = ("1", "2", "4", "8", "16", "32", "64", "128")  # each run of Table 4 is evaluated with all of these
@@ -142,7 +142,8 @@ def progress(cell: Cell) -> tuple[str, list[str]]:
     program, folder = f"{common.ROOT}/algos/{cell.algo}.py", str(cell.folder)
     if not (cell.folder / "args.json").exists():
         return "new", [program, *cell.flags, "--folder", folder]
-    taken, asked = common.read_args(common.read_record(cell.folder), type(cell.args)), cell.args
+    record, asked = common.read_record(cell.folder), cell.args
+    taken = common.read_args(record, type(asked))
     if identity(cell.algo, taken) != identity(cell.algo, asked) or taken.seeds != asked.seeds:
         raise common.Error(f"{folder}/args.json has other arguments than these: choose another --name")
     try:
@@ -150,8 +151,8 @@ def progress(cell: Cell) -> tuple[str, list[str]]:
             pass
     except filelock.Timeout:
         return "running", []
-    tenths = len(read_rows(cell.folder / "eval.csv")) // len(asked.seeds)  # of the run that are evaluated for all seeds
-    if tenths < 10:
+    if not record.get("finished"):
+        tenths = len(read_rows(cell.folder / "eval.csv")) // len(asked.seeds)  # that are evaluated for all seeds
         return f"{10 * tenths} % done", [program, "--resume", folder]
     evaluated = {row["num_samples"] for row in read_rows(cell.folder / "num_samples.csv")}
     if cell.table == "table4" and not evaluated.issuperset(NUM_SAMPLES):
@@ -180,6 +181,7 @@ def submit(cells: list[Cell], args: Args, flags: list[str]):
         raise common.Error("--cluster slurm: there is no SLURM on this machine (srun is not found): leave it out")
     executor = submitit.AutoExecutor("runs/.jobs", cluster="slurm", slurm_max_num_timeout=10**6)
     executor.update_parameters(timeout_min=60 * args.hours, cpus_per_task=args.cpus, gpus_per_node=args.gpus)
+    executor.update_parameters(slurm_signal_delay_s=600)  # a chunk of updates may take minutes on a CPU
     options = {name: value or True for name, _, value in (option.partition("=") for option in args.slurm)}
     executor.update_parameters(slurm_additional_parameters=options)
     for cell in cells:
@@ -190,7 +192,8 @@ def submit(cells: list[Cell], args: Args, flags: list[str]):
 
 def run_here(cells: list[Cell], jobs: int, gpus: int):
     """Finishes runs on this machine, `jobs` at a time. Ctrl-C, SIGTERM and SIGHUP let them save."""
-    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jobs * gpus)))).split(",")
+    there = subprocess.getoutput("nvidia-smi -L").count("GPU ")
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(there or 1)))).split(",")
     shares = [[visible[k % len(visible)] for k in range(i * gpus, (i + 1) * gpus)] for i in range(jobs)]
     stop = threading.Event()
 
@@ -201,21 +204,24 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
         share, log, code = shares.pop(), pathlib.Path(f"{cell.folder}.log"), 0
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(share)} if gpus else {})
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as out:
-            while not code and (command := progress(cell)[1]):
-                print(f"start      {cell.folder}", flush=True)
-                # In a process group of its own, it gets the SIGINT from here alone. A second one would end it unsaved.
-                process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, env=env, process_group=0)
-                while (code := process.poll()) is None:
-                    if stop.wait(0.2):
-                        process.send_signal(signal.SIGINT)
-                        process.wait()
-        shares.append(share)
+        try:
+            with open(log, "a") as out:
+                while not code and (command := progress(cell)[1]):
+                    tell(f"start      {cell.folder}")
+                    # In a process group of its own, it gets SIGINT from here alone. A second one would end it unsaved.
+                    words = [sys.executable, *command]
+                    process = subprocess.Popen(words, stdout=out, stderr=out, env=env, process_group=0)
+                    while (code := process.poll()) is None:
+                        if stop.wait(0.2):
+                            process.send_signal(signal.SIGINT)
+                            process.wait()
+        finally:
+            shares.append(share)
         state, lines = progress(cell)[0], log.read_text(errors="replace").splitlines()
         lines = [line for line in lines if line[:1].strip() and "%|" not in line]  # without details and progress bars
         failed = state not in ("finished", "running") and not stop.is_set()
         said = [] if state == "running" else lines[-1:]  # another reproduce.py has started it
-        print(f"{f'FAILED {code}' if failed else state:11}{cell.folder} ", *said, flush=True)
+        tell(" ".join([f"{f'FAILED {code}' if failed else state:11}{cell.folder} ", *said]))
         return failed
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -223,7 +229,8 @@ def run_here(cells: list[Cell], jobs: int, gpus: int):
             signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # when a job's time is up, SLURM sends it to all that runs in it
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        failed = sum(pool.map(finish, cells))
+        ends = [pool.submit(finish, cell) for cell in cells]
+    failed = sum(end.result() for end in ends)  # raises Error now, not before the others have ended
     if stop.is_set():
         sys.exit(128 + signal.SIGINT)
     if failed:

@@ -5,9 +5,11 @@ import errno
 import importlib
 import json
 import os
+import pickle
 import pwd
 import shutil
 import signal
+import subprocess
 import sys
 import types
 
@@ -153,8 +155,8 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
         assert run.read_rows(common.pathlib.Path("run/train.csv"))[-1]["step"] == "2000"
 
     monkeypatch.setattr(os, "fsync", full)
-    go_on(common.Error, "cannot write run/checkpoint.msgpack .No space left on device.: fix that, then resume", mend)
-    with pytest.raises(common.Error, match="cannot write run .Is a directory.: fix that, then resume"):
+    go_on(common.Error, "cannot write run/checkpoint.msgpack .No space left on device.: fix that, then give", mend)
+    with pytest.raises(common.Error, match="cannot write run .Is a directory.: fix that, then give"):
         run.append_rows(common.pathlib.Path("run"), [{"step": 1}])
 
 
@@ -196,7 +198,7 @@ def test_a_checkpoint_is_written_every_ten_minutes(begin, monkeypatch):
     record, saved = begin(num_updates=100), []
     for step, minutes[0] in zip(range(1, 9), (5, 9, 11, 12, 20, 22, 31, 33)):  # the first evaluation is at 10
         record.save(step, {"weight": np.zeros(2)})
-        saved.append(run.read_checkpoint(path.parent, {"weight": np.zeros(2)})[0])
+        saved.append(run.read_checkpoint(path.parent, {"weight": np.zeros(2)})["step"])
     assert saved == [0, 0, 3, 3, 3, 6, 6, 8]
 
 
@@ -223,11 +225,12 @@ def test_a_run_whose_terminal_is_gone_saves_all_the_same(begin, monkeypatch):
     record, states = begin(num_updates=100), {"weight": np.zeros(2)}
     monkeypatch.setattr(sys, "stdout", Gone())
     vars(record.bar).update(fp=Gone(), sp=record.bar.status_printer(Gone()), mininterval=0)  # 2>&1
+    record.log(2, {"q": np.zeros(2)})  # goes on, if it is nohup's and gets no signal
     os.kill(os.getpid(), signal.SIGHUP)
     record.log(3, {"q": np.zeros(2)})
     with pytest.raises(SystemExit, match="129"):
         record.save(3, states)
-    assert run.read_checkpoint(record.folder, states)[0] == 3
+    assert run.read_checkpoint(record.folder, states)["step"] == 3
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -245,9 +248,13 @@ def test_a_folder_is_one_runs_alone(begin, monkeypatch):
     assert begin(folder="~/other").folder == common.pathlib.Path("other").absolute()
 
 
+def test_an_error_from_another_process_is_the_same_sentence():
+    assert str(pickle.loads(pickle.dumps(common.Error("no")))) == "error: no"
+
+
 def test_a_folder_that_cannot_be_made_is_named(begin, tmp_path):
     (tmp_path / "runs").touch()
-    with pytest.raises(common.Error, match=f"cannot write to {tmp_path}/runs/.*: start elsewhere"):
+    with pytest.raises(common.Error, match=f"cannot write {tmp_path}/runs/.*: fix that"):
         begin(folder=None)
 
 
@@ -276,7 +283,7 @@ def test_a_folder_that_cannot_be_locked_is_named(begin, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with pytest.raises(common.Error, match="cannot lock run .Permission denied.: copy it to where you may write"):
+    with pytest.raises(common.Error, match="cannot write run/.lock .Permission denied.: fix that"):
         begin()
 
 
@@ -284,10 +291,14 @@ def test_a_run_that_cannot_begin_holds_nothing(begin, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
+    ended = []  # runs of Weights & Biases
+    monkeypatch.setattr(
+        run.Run, "start_tracking", lambda self: types.SimpleNamespace(finish=lambda **_: ended.append(1))
+    )
     monkeypatch.setattr(run.Run, "print_banner", interrupted)
     with pytest.raises(KeyboardInterrupt) as raised:
-        begin()
-    assert raised.tb  # keeps the run in memory, as a notebook does
+        begin(track=True)
+    assert raised.tb and ended  # keeps the run in memory, as a notebook does
     with filelock.FileLock("run/.lock", timeout=0):
         pass
 
@@ -317,7 +328,8 @@ def test_a_run_goes_on_where_its_data_have_moved(data, begin, small, tmp_path):
     shutil.copy(data, moved)
     resume(folder, dataset_path=str(moved))
     record = json.loads((folder / "args.json").read_text())
-    assert record["args"]["dataset_path"] == record["data"]["path"] == str(moved)
+    begun = json.loads((small / "args.json").read_text())
+    assert record == begun | {"data": begun["data"] | {"path": str(moved)}}  # still the same run, on the same data
     flags = record["args"] | {"dataset_path": None, "generate_episodes": 3}  # data that were made here may move, too
     (folder / "args.json").write_text(json.dumps(record | {"args": flags}))
     for dataset_path in (str(moved), None):
@@ -346,6 +358,21 @@ def test_rows_that_were_lost_are_in_the_checkpoint(small, tmp_path):
     resume(folder)
     for name in FILES[:3]:
         assert (folder / name).read_bytes() == (small / name).read_bytes()
+
+
+def test_the_commit_is_this_codes_and_marked_if_it_is_not_all(tmp_path, monkeypatch):
+    """A file that nobody added counts, as when an algorithm is new; a folder above that is in git does not."""
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x", *words])
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert run.git_commit() is None
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "x")
+    commit = run.git_commit()
+    (tmp_path / "algos").mkdir()
+    (tmp_path / "algos" / "new.py").touch()
+    assert len(commit) == 40 and run.git_commit() == f"{commit}+"
+    monkeypatch.setattr(run, "ROOT", tmp_path / "algos")
+    assert run.git_commit() is None
 
 
 def test_another_commit_is_said_once_and_recorded(small, tmp_path, monkeypatch, capsys):

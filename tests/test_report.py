@@ -58,6 +58,7 @@ def record_run(folder, cell, seeds, tenths=10, diverged=np.inf, chunk=1, sha256=
     gradient norm that grows by 1 per chunk. Seed 2 diverges at step `diverged`."""
     folder.mkdir(parents=True)
     args = dataclasses.asdict(dataclasses.replace(cell.args, seeds=seeds, **changes))
+    del args["eval_seed"]  # as if this flag were newer than the run
     data = {"source": "generated", "transitions": 4000, "sha256": sha256}
     record = {"algo": cell.algo, "args": args, "data": data, "device": "1 x cpu", "versions": {"jax": "0"}}
     (folder / "args.json").write_text(json.dumps(record | {"commit": "c", "resumed": [{"commit": "d"}]}))

@@ -85,6 +85,8 @@ def test_where_a_run_stands(tmp_path, monkeypatch):
     assert progress(cell) == ("running", [])
     held.release()
     append_rows(cell.folder / "eval.csv", scores[15:])
+    assert progress(cell)[0] == "100 % done"  # and its last checkpoint not there yet
+    (cell.folder / "args.json").write_text(json.dumps(record | {"finished": True}))
     assert progress(cell._replace(table="table2")) == ("finished", [])
     assert progress(cell)[1][:2] == [f"{ROOT}/scripts/evaluate.py", str(cell.folder)]
     append_rows(cell.folder / "num_samples.csv", [scores[-1] | {"num_samples": n} for n in reproduce.NUM_SAMPLES])
@@ -109,26 +111,35 @@ sys.exit(0 if name.name in ("run0", "run1") else "error: no")
 """
 
 
-def test_runs_share_gpus_but_neither_failures_nor_signals(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+@pytest.mark.parametrize("visible, shares", [("4,5,6,7", {"4,5", "6,7"}), ("", {"0,1", "2,0"})])  # or, of three, all
+def test_runs_share_gpus_but_neither_failures_nor_signals(visible, shares, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(
+        subprocess, "getoutput", lambda _: "".join(f"GPU {i}: H200 (UUID: GPU-{i})\n" for i in range(3))
+    )
     (tmp_path / "program.py").write_text(PROGRAM)
     ends = {"run0": "finished", "run1": "finished", "lost": "running"}  # another process was faster to start "lost"
 
     def progress(cell):
+        if cell.folder.name == "damaged":
+            raise common.Error("eval.csv is damaged")
         state = ends.get(cell.folder.name, "0 % done") if cell.folder.exists() else "new"
         return state, [] if state in ends.values() else [tmp_path / "program.py", cell.folder]
 
     monkeypatch.setattr(reproduce, "progress", progress)
     names = ("run0", "run1", "run2", "lost", "killer", "run3")
-    cells = [reproduce.Cell(*[None] * 6, folder=tmp_path / name) for name in names]
+    cells = [reproduce.Cell(*[None] * 6, folder=tmp_path / name) for name in (*names, "damaged", "run4")]
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)}
     with pytest.raises(common.Error, match="1 of 4 runs failed"):
         reproduce.run_here(cells[:4], jobs=2, gpus=2)
     out = capsys.readouterr().out
-    assert {*re.findall("finished  .*run[01]  score: (.*)", out)} == {"4,5", "6,7"}
+    assert {*re.findall("finished  .*run[01]  score: (.*)", out)} == shares
     assert re.search("FAILED 1  .*run2  error: no\n", out) and re.search("running   .*lost *\n", out)
+    with pytest.raises(common.Error, match="eval.csv is damaged"):
+        reproduce.run_here(cells[6:], jobs=1, gpus=1)
+    assert "FAILED 1   " in capsys.readouterr().out  # the one after it was run all the same
     with pytest.raises(SystemExit, match="130"):
-        reproduce.run_here(cells[4:], jobs=1, gpus=0)
+        reproduce.run_here(cells[4:6], jobs=1, gpus=0)
     assert re.fullmatch("start .*killer\n0 % done  .*killer  stopped at update 7\n", capsys.readouterr().out)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -147,7 +158,7 @@ def test_slurm_gets_a_job_for_a_run_with_its_limits(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     reproduce.main(asked, [])
     script = (tmp_path / "runs" / ".jobs" / "7_submission.sh").read_text()
-    options = "time=180 cpus-per-task=8 gpus-per-node=1 partition=long exclusive".split()
+    options = "time=180 signal=USR2@600 cpus-per-task=8 gpus-per-node=1 partition=long exclusive".split()
     for option in (f"job-name=mfql-{TASK}", *options):
         assert f"#SBATCH --{option}\n" in script
 
