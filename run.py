@@ -275,6 +275,7 @@ class Run:
             self.bar.update(self.chunk)
         except OSError:  # nohup's run goes on when the other end of its pipe has gone
             self.bar.disable = True
+            self.bar.get_lock().release()  # `refresh` of tqdm keeps it
         if len(self.diverged) == len(rows):
             raise Error(f"every seed diverged by update {step:,} (see {self.folder / 'train.csv'}): "
                         f"lower --learning-rate, or the data's rewards")  # fmt: skip

@@ -69,13 +69,18 @@ def random_rows(obs_dim, action_dim, largest):
     return rows | {"actions": rng.uniform(-largest, largest, (400, action_dim))}, np.arange(400) % 200 == 199
 
 
+def write_hdf5(path, rows):
+    with h5py.File(path, "w") as file:
+        for key, values in rows.items():
+            file[key] = values
+    return path
+
+
 def write_hand(hand, path):
     """Writes such rows as D4RL's files are."""
     env = adroit.make_env(hand)
     rows, ends = random_rows(*env.observation_space.shape, *env.action_space.shape, 1)
-    with h5py.File(path, "w") as file:
-        for key, values in (rows | {"terminals": 0 * ends, "timeouts": ends}).items():
-            file[key] = values
+    write_hdf5(path, rows | {"terminals": 0 * ends, "timeouts": ends})
 
 
 def write_pendulum(path):
@@ -96,6 +101,16 @@ def home(tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", str(home / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         yield home
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The signals' handlers of before are put back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

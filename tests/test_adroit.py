@@ -7,9 +7,9 @@ import pathlib
 import types
 
 import gymnasium
-import h5py
 import numpy as np
 import pytest
+from conftest import write_hdf5
 
 import adroit
 import common
@@ -123,13 +123,6 @@ def test_another_mujoco_is_refused(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- the loader
-def write(path, rows):
-    with h5py.File(path, "w") as file:
-        for key, values in rows.items():
-            file[key] = values
-    return path
-
-
 @pytest.fixture(scope="module")
 def rows():
     """The recorded pen rollouts as a data set: an episode that ends by a drop, one by a timeout, one by both, one cut.
@@ -155,7 +148,7 @@ D4RL_SHA256 = "cef8aff139f359e2736b42768225e806bc9b10a20c924fcd70181efd967607b5"
 def test_transitions_equal_d4rls(tmp_path, rows):
     """Also where a file has columns, as d4rl reads them, and another process has locked it."""
     columns = {key: rows[key][:, None].astype(np.float64) for key in ("rewards", "terminals", "timeouts")}
-    path = write(tmp_path / "pen.hdf5", rows | columns)
+    path = write_hdf5(tmp_path / "pen.hdf5", rows | columns)
     with open(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         data = common.load_task("pen-human-v1").load(path)
@@ -169,21 +162,10 @@ def test_transitions_equal_d4rls(tmp_path, rows):
     assert (~alive).sum() == 1  # the other drop came with a timeout, and d4rl leaves its row out
 
 
-DAMAGES = {  # which array is changed, or the file's bytes, and how
-    "other hand": ("observations", lambda values: values[:, :39]),
-    "flag": ("timeouts", lambda values: 2 * values),
-    "all timeouts": ("timeouts", lambda values: values | True),
-    "truncated": ("bytes", lambda content: content[:-2000]),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_what_is_no_data_of_the_hand_is_refused(name, tmp_path, rows):
+def test_what_is_no_data_of_a_hand_is_refused(tmp_path, rows):
     """In one sentence, which names the file."""
-    (what, change), path = DAMAGES[name], tmp_path / "some-file.hdf5"
-    if what == "bytes":
-        path.write_bytes(change(write(path, rows).read_bytes()))
-    else:
-        write(path, rows | {what: change(rows[what])})
-    with pytest.raises(common.Error, match=f"^error: {path} is (damaged|no dataset of pen-human-v1)[^\n]*$"):
-        common.load_dataset(common.load_task("pen-human-v1"), str(path))
+    path = write_hdf5(tmp_path / "some-file.hdf5", rows | {"timeouts": 2 * rows["timeouts"]})
+    for damage in ("no dataset of pen-human-v1: its timeouts", "damaged"):
+        with pytest.raises(common.Error, match=f"^error: {path} is {damage}[^\n]*$"):
+            common.load_dataset(common.load_task("pen-human-v1"), str(path))
+        path.write_bytes(path.read_bytes()[:-2000])

@@ -33,8 +33,9 @@ def test_a_d_file_adds_doal_and_nothing_else(base, name):
     assert differ == {"docstring", "PAPER_COLUMNS", "Args", "optimal_action", clones} and set(old) <= set(new)
 
 
-def test_mfql_bptt_changes_the_actor_loss_and_nothing_else():
-    old, new = definitions("mfql"), definitions("mfql_bptt")
+@pytest.mark.parametrize("base, name", [("mfql", "mfql_bptt"), ("trigflow", "etrigflow")])
+def test_a_file_that_climbs_q_changes_the_actor_loss_and_nothing_else(base, name):
+    old, new = definitions(base), definitions(name)
     assert old.keys() == new.keys()
     assert [key for key in new if new[key] != old[key]] == ["docstring", "PAPER_COLUMNS", "actor_loss"]
 
@@ -45,16 +46,6 @@ def test_definitions_of_one_name_are_one_text():
         for key, text in definitions(name).items():
             texts[key].add(text)
     assert {key for key in texts if len(texts[key]) > 1} <= OWN
-
-
-def test_the_iql_family_learns_its_values_in_one_text():
-    """Where the texts of OWN may differ, they do so for the policy's sake alone."""
-    texts = lambda key, *has: {definitions(name)[key] for name in ALGOS if set(has) <= definitions(name).keys()}
-    for key in ("AgentState", "critic_loss", "update"):
-        assert len(texts(key, "value_loss")) == 1
-    for policy in ("GaussianPolicy", "FlowPolicy", "TrigFlowPolicy"):
-        assert len(texts("init", "value_loss", policy)) == 1
-    assert len(texts("act", "max_q")) == 1
 
 
 @pytest.mark.slow

@@ -229,7 +229,9 @@ DAMAGES = {  # what is changed, the file's bytes or one of its arrays, and how
     "key missing": ("qpos", lambda values: None),
     "NaN": ("observations", lambda values: values * np.nan),
     "wrong length": ("actions", lambda values: values[1:]),
+    "another task's": ("observations", lambda values: values[:, 1:]),
     "no end": ("terminals", np.zeros_like),
+    "no transition": ("terminals", np.ones_like),
     "overwritten": ("bytes", lambda content: content[:3000] + b"byte" + content[3004:]),
     "a web page": ("bytes", lambda content: b"<html>404</html>"),
 }

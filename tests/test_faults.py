@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import types
 
 import evaluate
@@ -43,15 +44,6 @@ def quick():
         for name, function in (("init", init), ("train", train), ("act", act)):
             patch.setattr(ALGO, name, function)
         yield
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """The signals' handlers of before are put back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +218,10 @@ def test_a_run_whose_terminal_is_gone_saves_all_the_same(begin, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone())
     vars(record.bar).update(fp=Gone(), sp=record.bar.status_printer(Gone()), mininterval=0)  # 2>&1
     record.log(2, {"q": np.zeros(2)})  # goes on, if it is nohup's and gets no signal
+    other = threading.Thread(target=run.tell, args=("",), daemon=True)  # tqdm's is one, which exit waits for
+    other.start()
+    other.join(5)
+    assert not other.is_alive()
     os.kill(os.getpid(), signal.SIGHUP)
     record.log(3, {"q": np.zeros(2)})
     with pytest.raises(SystemExit, match="129"):
@@ -288,14 +284,11 @@ def test_a_folder_that_cannot_be_locked_is_named(begin, monkeypatch):
 
 
 def test_a_run_that_cannot_begin_holds_nothing(begin, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     ended = []  # runs of Weights & Biases
     monkeypatch.setattr(
         run.Run, "start_tracking", lambda self: types.SimpleNamespace(finish=lambda **_: ended.append(1))
     )
-    monkeypatch.setattr(run.Run, "print_banner", interrupted)
+    monkeypatch.setattr(run.Run, "print_banner", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as raised:
         begin(track=True)
     assert raised.tb and ended  # keeps the run in memory, as a notebook does
