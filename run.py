@@ -191,7 +191,7 @@ class Run:
             self.record = record = read_record(self.folder)
             if record["data"]["sha256"] != data["sha256"]:
                 raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
-            record["data"]["path"] = data["path"]  # they may have moved
+            record["data"]["path"] = data["path"]  # it may have moved
             if changed := [f"{name} {record[name]}, now {now[name]}" for name in now if record[name] != now[name]]:
                 print(f"warning: begun with {'; '.join(changed)}", file=sys.stderr)
                 record["resumed"] = [*record.get("resumed", []), now]

@@ -1,15 +1,15 @@
-"""Runs the paper's tables and figures: one folder per run, runs/<name>/<task>/<run>/, with its log beside it.
+"""Runs the paper's tables and figures: one folder per run, runs/<name>/<task>/<run>/.
 
     python scripts/reproduce.py table2 --tasks scene-play --algos mfrebrac dmfrebrac --dry-run   # what would run
     python scripts/reproduce.py table1 table2 table4 figure6 --cluster slurm --gpus 1
     python scripts/reproduce.py table2 --tasks cube-single-play --name small -- --num-updates 20000 --seeds 1 2
 
 Flags after -- go to every algorithm that has them. New runs are started, interrupted ones resumed, finished ones
-skipped. On Ctrl-C the runs save; the same command resumes them.
+skipped, and so are those that another reproduce.py has taken: start it once per GPU to use them all. On Ctrl-C a run
+saves; the same command resumes it.
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import os
 import pathlib
@@ -29,7 +29,7 @@ import tyro
 
 import adroit
 import common
-from run import identity, read_rows, tell
+from run import identity, read_rows
 
 SEEDS = {"8": "111 222 333 444 555 666 777 888", "4": "11 22 33 44"}  # the paper's: 8, and 4 for its ablations
 NUM_SAMPLES = ("1", "2", "4", "8", "16", "32", "64", "128")  # each run of Table 4 is evaluated with all of these
@@ -77,8 +77,7 @@ class Selection:
 @dataclasses.dataclass(frozen=True)
 class Args(Selection):
     cluster: Literal["local", "slurm"] = "local"  # run on this machine, or submit SLURM jobs
-    jobs: int = 1  # runs at a time, on this machine
-    gpus: int | None = None  # GPUs per run (None: all on this machine, none on SLURM)
+    gpus: int | None = None  # GPUs per run, on SLURM
     cpus: int = 8  # CPU cores per run, on SLURM
     hours: int = 24  # time limit on SLURM, at which a job saves and is queued again
     slurm: tuple[str, ...] = ()  # more options of sbatch, like partition=long exclusive
@@ -190,51 +189,28 @@ def submit(cells: list[Cell], args: Args, flags: list[str]):
         print(f"job {executor.submit(Job(), [sys.executable, __file__, *words]).job_id}  {cell.folder}", flush=True)
 
 
-def run_here(cells: list[Cell], jobs: int, gpus: int):
-    """Finishes runs on this machine, `jobs` at a time. Ctrl-C, SIGTERM and SIGHUP let them save."""
-    there = subprocess.getoutput("nvidia-smi -L").count("GPU ")
-    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(there or 1)))).split(",")
-    shares = [[visible[k % len(visible)] for k in range(i * gpus, (i + 1) * gpus)] for i in range(jobs)]
-    stop = threading.Event()
-
-    def finish(cell: Cell) -> bool:
-        """Finishes a cell, and returns whether it failed."""
-        if stop.is_set():
-            return False
-        share, log, code = shares.pop(), pathlib.Path(f"{cell.folder}.log"), 0
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(share)} if gpus else {})
-        log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(log, "a") as out:
-                while not code and (command := progress(cell)[1]):
-                    tell(f"start      {cell.folder}")
-                    # In a process group of its own, it gets SIGINT from here alone. A second one would end it unsaved.
-                    words = [sys.executable, *command]
-                    process = subprocess.Popen(words, stdout=out, stderr=out, env=env, process_group=0)
-                    while (code := process.poll()) is None:
-                        if stop.wait(0.2):
-                            process.send_signal(signal.SIGINT)
-                            process.wait()
-        finally:
-            shares.append(share)
-        state, lines = progress(cell)[0], log.read_text(errors="replace").splitlines()
-        lines = [line for line in lines if line[:1].strip() and "%|" not in line]  # without details and progress bars
-        failed = state not in ("finished", "running") and not stop.is_set()
-        said = [] if state == "running" else lines[-1:]  # another reproduce.py has started it
-        tell(" ".join([f"{f'FAILED {code}' if failed else state:11}{cell.folder} ", *said]))
-        return failed
-
+def run_here(cells: list[Cell]):
+    """Finishes one run after another on this machine. Ctrl-C, SIGTERM and SIGHUP let a run save, and end this."""
+    stop, failed = threading.Event(), []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # when a job's time is up, SLURM sends it to all that runs in it
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        ends = [pool.submit(finish, cell) for cell in cells]
-    failed = sum(end.result() for end in ends)  # raises Error now, not before the others have ended
+    for cell in cells:
+        code = 0
+        while not code and not stop.is_set() and (command := progress(cell)[1]):
+            # In a process group of its own, it gets the SIGINT from here alone. A second one would end it unsaved.
+            process = subprocess.Popen([sys.executable, *command], process_group=0)
+            while (code := process.poll()) is None:
+                if stop.wait(0.2):
+                    process.send_signal(signal.SIGINT)
+                    process.wait()
+        if code and progress(cell)[0] != "running":  # else another reproduce.py was faster
+            failed.append(str(cell.folder))
     if stop.is_set():
         sys.exit(128 + signal.SIGINT)
     if failed:
-        raise common.Error(f"{failed} of {len(cells)} runs failed: their logs are beside their folders, <folder>.log")
+        raise common.Error(f"{len(failed)} of {len(cells)} runs failed, for the reasons above: {', '.join(failed)}")
 
 
 def main(args: Args, flags: list[str]):
@@ -249,7 +225,7 @@ def main(args: Args, flags: list[str]):
     elif args.cluster == "slurm":
         submit(todo, args, flags)
     else:
-        run_here(todo, args.jobs, args.gpus or 0)
+        run_here(todo)
 
 
 if __name__ == "__main__":
