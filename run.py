@@ -124,6 +124,16 @@ def git_commit() -> str | None:
         return None
 
 
+def provenance() -> dict:
+    """What a run's numbers depend on besides its arguments and data."""
+    version = lambda name: next((each.version for each in importlib.metadata.distributions(name=name)), None)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if jax.default_backend() == "cpu":  # their number decides how XLA orders a sum
+        device += f", {common.usable_cores()} cores"
+    code = {"commit": git_commit(), "versions": {name: version(name) for name in PACKAGES}}
+    return code | {"device": device, "matmul_precision": jax.config.jax_default_matmul_precision}
+
+
 def load_run(folder: str):
     """A run's module, arguments, updates done and states [seeds, ...], from its folder. Raises Error if it has no
     checkpoint."""
@@ -176,15 +186,14 @@ class Run:
         self.eval_interval = args.num_updates // 10  # updates between two evaluations
         self.chunk = max(size for size in range(1, 251) if self.eval_interval % size == 0)  # updates per `train`
         self.stop, self.training, self.saved_step = 0, False, 0  # the signal that asked to stop; see `ask_to_stop`
-        version = lambda name: next((each.version for each in importlib.metadata.distributions(name=name)), None)
-        now = {"commit": git_commit(), "versions": {name: version(name) for name in PACKAGES}}
-        now["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        if jax.default_backend() == "cpu":  # their number decides how XLA orders a sum
-            now["device"] += f", {common.usable_cores()} cores"
-        now["matmul_precision"] = jax.config.jax_default_matmul_precision
+        now = provenance()
         if args.resume is None:
-            self.folder = self.make_folder()
-            self.record = {"algo": pathlib.Path(file).stem, "args": dataclasses.asdict(args), "data": data} | now
+            algo, begun = pathlib.Path(file).stem, time.strftime("%Y%m%d-%H%M%S")
+            begun += f"-{secrets.token_hex(2)}"  # runs may start in the same second
+            self.folder = pathlib.Path(args.folder or f"runs/{args.env_name}/{algo}/{begun}")
+            with writing(self.folder.absolute()):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.record = {"algo": algo, "args": dataclasses.asdict(args), "data": data} | now
             self.record["wandb"] = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         else:
             self.folder = pathlib.Path(args.resume)
@@ -202,7 +211,7 @@ class Run:
             self.tracker = self.start_tracking() if args.track else None
             if self.tracker:
                 exits.push(lambda error, *_: self.tracker.finish(exit_code=int(error is not None)))
-            self.write_record()
+            write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
             self.print_banner(now)
             self.bar = exits.enter_context(tqdm(**bar))
             self.exits = exits.pop_all()
@@ -219,19 +228,6 @@ class Run:
     def __exit__(self, *error):
         """Leaves nothing behind in this process, which may be a notebook's."""
         self.exits.__exit__(*error)
-
-    def make_folder(self) -> pathlib.Path:
-        """A folder of this run's own. Raises Error if it cannot be made."""
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # runs may start in the same second
-        default = pathlib.Path("runs", self.args.env_name, pathlib.Path(self.file).stem, name)
-        folder = pathlib.Path(self.args.folder or default)
-        with writing(folder.absolute()):
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def write_record(self):
-        """Writes args.json."""
-        write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
 
     def print_banner(self, now: dict):
         """Says what is about to run: task, data, values, device, folder."""
@@ -349,7 +345,7 @@ class Run:
             tell(f"  diverged, and so nan: seed {', '.join(map(str, sorted(self.diverged)))}")
         tell(f"  every number is in {self.folder}")
         self.record["finished"] = True  # with its last checkpoint, and not only its last evaluation
-        self.write_record()
+        write_file(self.folder / "args.json", json.dumps(self.record, indent=2).encode())
         if self.args.capture_video:
             film = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(self.folder), "--capture-video"]
             if subprocess.run(film).returncode:
