@@ -119,7 +119,7 @@ def git_commit() -> str | None:
     command = ["git", "--git-dir", ROOT / ".git", "--work-tree", ROOT]  # not those of a folder above
     git = lambda *words: subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     try:
-        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "*.py"))
+        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "-unormal", "*.py"))
     except (OSError, subprocess.CalledProcessError):
         return None
 

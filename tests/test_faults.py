@@ -355,7 +355,8 @@ def test_rows_that_were_lost_are_in_the_checkpoint(small, tmp_path):
 
 def test_the_commit_is_this_codes_and_marked_if_it_is_not_all(tmp_path, monkeypatch):
     """A file that nobody added counts, as when an algorithm is new; a folder above that is in git does not."""
-    git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x", *words])
+    plain = ["-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=no", "-c", "core.hooksPath=/dev/null"]
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *plain, *words], check=True)
     monkeypatch.setattr(run, "ROOT", tmp_path)
     assert run.git_commit() is None
     git("init", "-q")
