@@ -381,10 +381,9 @@ def load_dataset(task: Task, dataset_path: str | None = None, generate_episodes:
                 if not path.exists() and source == "published":
                     download(f"{task.url}/{task.file}", path)
                 elif not path.exists():
-                    sys.path.append(str(ROOT / "scripts"))  # where its workers find it, too
-                    import generate
-
-                    generate.main(generate.Args(stem, generate_episodes, path))
+                    program = [sys.executable, ROOT / "scripts" / "generate.py", stem, str(generate_episodes), path]
+                    if subprocess.run(program).returncode:
+                        raise Error(f"{path} was not made: see above or, if nothing is said there, give it more memory")
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         dataset = task.load(path)

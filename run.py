@@ -43,7 +43,7 @@ def identity(algo: str, args) -> dict:
 
 def hold(folder: pathlib.Path) -> filelock.FileLock:
     """The lock of a run's folder, for this process alone. Raises Error if another one has it, or if none can."""
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    lock = filelock.FileLock(folder / ".lock", timeout=1)  # reproduce.py holds it for a moment
     with writing(lock.lock_file):
         try:
             lock.acquire()
@@ -58,7 +58,8 @@ def writing(path: pathlib.Path):
     try:
         yield
     except OSError as error:
-        raise Error(f"cannot write {path} ({error.strerror}): fix that, then give the same command again, or --resume")
+        remedy = "fix that, then give the same command or, if a run has begun, resume it"
+        raise Error(f"cannot write {path} ({error.strerror}): {remedy}")
 
 
 def write_file(path: pathlib.Path, content: bytes):
@@ -111,7 +112,7 @@ def read_checkpoint(folder: pathlib.Path, states) -> dict:
             raise ValueError("its arrays have other shapes")
         return saved
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise Error(f"{path} is of other code ({error}): resume it with the code that wrote it")
+        raise Error(f"{path} is of other code ({error}): use the code that wrote it")
 
 
 def git_commit() -> str | None:
@@ -201,6 +202,7 @@ class Run:
             if record["data"]["sha256"] != data["sha256"]:
                 raise Error(f"{data['path']} is not what {self.folder} was trained on (its sha256 differs): restore it")
             record["data"]["path"] = data["path"]  # it may have moved
+            record.pop("finished", None)  # its checkpoint may be gone
             if changed := [f"{name} {record[name]}, now {now[name]}" for name in now if record[name] != now[name]]:
                 print(f"warning: begun with {'; '.join(changed)}", file=sys.stderr)
                 record["resumed"] = [*record.get("resumed", []), now]
@@ -231,8 +233,8 @@ class Run:
 
     def print_banner(self, now: dict):
         """Says what is about to run: task, data, values, device, folder."""
-        data, values = self.record["data"], vars(self.args).items()
-        shown = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
+        data, values = self.record["data"], self.record["args"].items()
+        shown = lambda value: " ".join(map(str, value)) if np.ndim(value) else value
         values = [f"{k} {shown(v)}" for k, v in values if k not in BOOKKEEPING and v is not None]
         print(f"{self.record['algo']} on {self.task.name}, scored by {self.task.unit} in {self.task.env_id}")
         print(f"  data    {data['path']}")

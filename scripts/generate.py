@@ -18,6 +18,8 @@ import pathlib
 import signal
 import sys
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import gymnasium
 import numpy as np
 import tyro
@@ -115,19 +117,16 @@ def main(args: Args):
     if path.is_dir() or not os.access(path.parent, os.W_OK):  # better now than after the work
         raise common.Error(f"cannot write {path}: give another path, in a folder that is there and yours")
     context = multiprocessing.get_context("forkserver")
+    with concurrent.futures.ProcessPoolExecutor(common.usable_cores(), context, common.follow_parent) as pool:
+        episodes = pool.map(functools.partial(collect_episode, args.dataset), range(args.num_episodes))
+        episodes = list(tqdm(episodes, f"generating {args.dataset}", args.num_episodes, unit="episode"))
     temporary = path.with_suffix(".tmp.npz")
     try:
-        with concurrent.futures.ProcessPoolExecutor(common.usable_cores(), context, common.follow_parent) as pool:
-            episodes = pool.map(functools.partial(collect_episode, args.dataset), range(args.num_episodes))
-            episodes = list(tqdm(episodes, f"generating {args.dataset}", args.num_episodes, unit="episode"))
         np.savez_compressed(temporary, **{key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]})
         os.replace(temporary, path)
-    except concurrent.futures.BrokenExecutor:
-        raise common.Error(f"{path} was not made, for a process ended: give it more memory, or see above")
     except OSError as error:
-        raise common.Error(f"cannot write {path} ({error.strerror}): make room there, or give another path")
-    finally:
         temporary.unlink(missing_ok=True)
+        raise common.Error(f"cannot write {path} ({error.strerror}): make room there, or give another path")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Collection
 from typing import Literal
 
@@ -191,26 +191,28 @@ def submit(cells: list[Cell], args: Args, flags: list[str]):
 
 def run_here(cells: list[Cell]):
     """Finishes one run after another on this machine. Ctrl-C, SIGTERM and SIGHUP let a run save, and end this."""
-    stop, failed = threading.Event(), []
+    stop, failed = [], []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, lambda *_: stop.append(True))
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # when a job's time is up, SLURM sends it to all that runs in it
     for cell in cells:
         code = 0
-        while not code and not stop.is_set() and (command := progress(cell)[1]):
-            # In a process group of its own, it gets the SIGINT from here alone. A second one would end it unsaved.
-            process = subprocess.Popen([sys.executable, *command], process_group=0)
+        while not code and not stop and (command := progress(cell)[1]):
+            # In a process group of its own, it gets the SIGINT from here alone. A second one would end it unsaved. And
+            # there nothing can be read from the terminal.
+            process = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, process_group=0)
             while (code := process.poll()) is None:
-                if stop.wait(0.2):
+                if stop:
                     process.send_signal(signal.SIGINT)
                     process.wait()
-        if code and progress(cell)[0] != "running":  # else another reproduce.py was faster
-            failed.append(str(cell.folder))
-    if stop.is_set():
+                time.sleep(0.2)
+        if code and progress(cell)[0] not in ("running", "finished"):  # else another reproduce.py was faster
+            failed.append(f"{cell.folder} (exit code {code})")
+    if stop:
         sys.exit(128 + signal.SIGINT)
     if failed:
-        raise common.Error(f"{len(failed)} of {len(cells)} runs failed, for the reasons above: {', '.join(failed)}")
+        raise common.Error(f"{len(failed)} of {len(cells)} runs failed, see above: {', '.join(failed)}")
 
 
 def main(args: Args, flags: list[str]):

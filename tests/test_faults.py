@@ -147,8 +147,14 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(go_on, monkeypatch):
         assert run.read_rows(common.pathlib.Path("run/train.csv"))[-1]["step"] == "2000"
 
     monkeypatch.setattr(os, "fsync", full)
-    go_on(common.Error, "cannot write run/checkpoint.msgpack .No space left on device.: fix that, then give", mend)
-    with pytest.raises(common.Error, match="cannot write run .Is a directory.: fix that, then give"):
+    go_on(
+        common.Error,
+        "cannot write run/checkpoint.msgpack .No space left on device.: fix that, then give the same command or",
+        mend,
+    )
+    with pytest.raises(
+        common.Error, match="cannot write run .Is a directory.: fix that, then give the same command or"
+    ):
         run.append_rows(common.pathlib.Path("run"), [{"step": 1}])
 
 
@@ -351,6 +357,16 @@ def test_rows_that_were_lost_are_in_the_checkpoint(small, tmp_path):
     resume(folder)
     for name in FILES[:3]:
         assert (folder / name).read_bytes() == (small / name).read_bytes()
+
+
+def test_a_run_that_starts_over_is_not_finished(small, tmp_path):
+    """As when its checkpoint was deleted to make room."""
+    folder = copy_of(small, tmp_path)
+    (folder / "checkpoint.msgpack").unlink()
+    args, task = common.prepare(ALGO.Args(resume=str(folder)), ALGO.__file__, ALGO.PAPER_COLUMNS)
+    with run.Run(args, ALGO.__file__, task, common.load_dataset(task, args.dataset_path)[1]):
+        assert json.loads((small / "args.json").read_text())["finished"]
+        assert "finished" not in json.loads((folder / "args.json").read_text())
 
 
 def test_the_commit_is_this_codes_and_marked_if_it_is_not_all(tmp_path, monkeypatch):

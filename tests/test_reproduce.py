@@ -118,7 +118,7 @@ def test_a_grid_goes_on_after_a_failure_and_a_signal_lets_its_run_save(tmp_path,
     monkeypatch.setattr(reproduce, "progress", progress)
     names = ("run1", "lost", "run0", "killer", "run2")
     cells = [reproduce.Cell(*[None] * 6, folder=tmp_path / name) for name in names]
-    with pytest.raises(common.Error, match=f"1 of 3 runs failed, for the reasons above: {tmp_path}/run1$"):
+    with pytest.raises(common.Error, match=f"1 of 3 runs failed, see above: {tmp_path}/run1 .exit code 1.$"):
         reproduce.run_here(cells[:3])
     with pytest.raises(SystemExit, match="130"):
         reproduce.run_here(cells[3:])
@@ -166,7 +166,7 @@ def test_a_grid_from_end_to_end(tmp_path):
     grid = ["table2", "--algos", "mfql", "--tasks", TASK, "antmaze-large-navigate", "--", "--generate-episodes", 3]
     grid += ["--num-updates", 20, "--eval-episodes", 1, "--hidden-dims", 8, 8, "--num-workers", 1, "--seeds", 5, 6]
     done = start("reproduce.py", *grid)
-    sentence = "error: 1 of 2 runs failed, for the reasons above: runs/paper/antmaze-large-navigate/mfql\n"
+    sentence = "error: 1 of 2 runs failed, see above: runs/paper/antmaze-large-navigate/mfql (exit code 1)\n"
     assert done.returncode == 1 and done.stderr.endswith(sentence), done
     assert done.stdout.startswith("2 of 2 runs to do\nmfql on ") and "\nscore: " in done.stdout
     assert "\nerror: antmaze-large-navigate cannot be generated" in done.stderr
