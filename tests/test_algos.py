@@ -48,6 +48,16 @@ def test_definitions_of_one_name_are_one_text():
     assert {key for key in texts if len(texts[key]) > 1} <= OWN
 
 
+def test_the_iql_family_learns_its_values_in_one_text():
+    """Where the texts of OWN may differ, they do so for the policy's sake alone."""
+    texts = lambda key, *has: {definitions(name)[key] for name in ALGOS if set(has) <= definitions(name).keys()}
+    for key in ("AgentState", "critic_loss", "update"):
+        assert len(texts(key, "value_loss")) == 1
+    for policy in ("GaussianPolicy", "FlowPolicy", "TrigFlowPolicy"):
+        assert len(texts("init", "value_loss", policy)) == 1
+    assert len(texts("act", "max_q")) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", each_text("update"))
 def test_a_seed_learns_the_same_alone_and_among_others(name):
