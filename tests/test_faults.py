@@ -250,6 +250,15 @@ def test_a_folder_is_one_runs_alone(begin, monkeypatch):
     assert begin(folder="~/other").folder == common.pathlib.Path("other").absolute()
 
 
+def test_a_folder_that_is_only_looked_at_is_not_in_use(begin):
+    """reproduce.py holds the lock for a moment, to see whether a run is on."""
+    os.mkdir("run")
+    look = filelock.FileLock("run/.lock", thread_local=False)
+    look.acquire()
+    threading.Timer(0.3, look.release).start()
+    begin()
+
+
 def test_an_error_from_another_process_is_the_same_sentence():
     assert str(pickle.loads(pickle.dumps(common.Error("no")))) == "error: no"
 
@@ -333,6 +342,10 @@ def test_a_run_goes_on_where_its_data_have_moved(data, begin, small, tmp_path):
     (folder / "args.json").write_text(json.dumps(record | {"args": flags}))
     for dataset_path in (str(moved), None):
         resume(folder, dataset_path=dataset_path)
+    gone = {"data": record["data"] | {"path": str(tmp_path / "gone")}}  # as on another machine: back to its flags
+    (folder / "args.json").write_text(json.dumps(record | gone))
+    resume(folder)
+    (folder / "args.json").write_text(json.dumps(record))
     np.savez(moved, **dict(np.load(data)) | {"extra": 0})
     with pytest.raises(common.Error, match="moved.npz is not what .* was trained on"):
         resume(folder)

@@ -109,21 +109,21 @@ sys.exit(None if name.name == "run0" else "error: no")
 
 def test_a_grid_goes_on_after_a_failure_and_a_signal_lets_its_run_save(tmp_path, monkeypatch, capfd):
     (tmp_path / "program.py").write_text(PROGRAM)
-    ends = {"run0": "finished", "lost": "running"}  # another reproduce.py was faster to start "lost"
+    ends = {"run0": "finished", "lost": "running", "late": "finished"}  # the last two by another, faster reproduce.py
 
     def progress(cell):
         state = ends.get(cell.folder.name, "0 % done") if cell.folder.exists() else "new"
         return state, [] if state in ends.values() else [tmp_path / "program.py", cell.folder]
 
     monkeypatch.setattr(reproduce, "progress", progress)
-    names = ("run1", "lost", "run0", "killer", "run2")
+    names = ("run1", "lost", "late", "run0", "killer", "run2")
     cells = [reproduce.Cell(*[None] * 6, folder=tmp_path / name) for name in names]
-    with pytest.raises(common.Error, match=f"1 of 3 runs failed, see above: {tmp_path}/run1 .exit code 1.$"):
-        reproduce.run_here(cells[:3])
+    with pytest.raises(common.Error, match=f"1 of 4 runs failed, see above: {tmp_path}/run1 .exit code 1.$"):
+        reproduce.run_here(cells[:4])
     with pytest.raises(SystemExit, match="130"):
-        reproduce.run_here(cells[3:])
-    assert capfd.readouterr().err == "error: no\nerror: no\nstopped at update 7\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "run0", "run1", "lost", "killer"}
+        reproduce.run_here(cells[4:])
+    assert capfd.readouterr().err == 3 * "error: no\n" + "stopped at update 7\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "run0", "run1", "lost", "late", "killer"}
 
 
 def test_slurm_gets_a_job_for_a_run_with_its_limits(tmp_path, monkeypatch):
