@@ -199,8 +199,8 @@ def run_here(cells: list[Cell]):
     for cell in cells:
         code = 0
         while not code and not stop and (command := progress(cell)[1]):
-            # In a process group of its own, it gets SIGINT from here alone (a second one would end it unsaved), and must
-            # not wait for input from the terminal.
+            # In a process group of its own, it gets SIGINT from here alone (a second one would end it unsaved), and
+            # must not wait for input from the terminal.
             process = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, process_group=0)
             while (code := process.poll()) is None:
                 if stop:
